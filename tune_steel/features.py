@@ -1,0 +1,130 @@
+"""Feature columns: what each one is, and how a frame becomes arrays.
+
+Scaling, imputing and one-hot coding are fitted fold by fold in `preprocess.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tune_steel.errors import DataError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+MISSING = "<missing>"
+_MOST_CATEGORIES = 64
+
+
+def shorten(names: Sequence[str], most: int = 12) -> str:
+    """Names for a message, at most `most` of them."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What each feature column is, learnt from the development rows.
+
+    Attributes:
+        numeric: Numeric columns, in order.
+        flagged: Positions in `numeric` of the columns with gaps, each of which gets a
+            missing-value flag.
+        categorical: Each categorical column with its known values; code i means value i, and
+            -1 (a value the development rows do not hold) becomes all zeros.
+    """
+
+    numeric: tuple[str, ...]
+    flagged: tuple[int, ...]
+    categorical: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def encode(self, frame: pd.DataFrame) -> Features:
+        """Reads the schema's columns of a frame.
+
+        Raises:
+            DataError: A column is missing, not numeric, or holds an infinite value.
+        """
+        names = [*self.numeric, *(name for name, _ in self.categorical)]
+        absent = [name for name in names if name not in frame.columns]
+        if absent:
+            raise DataError(f"the table has no column {shorten(absent)}")
+        numeric = np.empty((len(frame), len(self.numeric)))
+        for i, name in enumerate(self.numeric):
+            try:
+                numeric[:, i] = frame[name].to_numpy(dtype=np.float64, na_value=np.nan)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"column {name} is not numeric ({error})") from None
+            if np.isinf(numeric[:, i]).any():
+                raise DataError(f"column {name} holds infinite values; clip or remove them")
+        codes = np.empty((len(frame), len(self.categorical)), dtype=np.int64)
+        for i, (name, values) in enumerate(self.categorical):
+            position = {value: code for code, value in enumerate(values)}
+            codes[:, i] = [position.get(v, -1) for v in _as_text(frame[name])]
+        return Features(numeric, codes)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Encoded feature columns: `numeric` float64 [n, P] with NaN gaps, `codes` int64 [n, Q]."""
+
+    numeric: Floats
+    codes: Ints
+
+    def __len__(self) -> int:
+        return len(self.numeric)
+
+    def take(self, positions: Ints) -> Features:
+        """The features of some rows."""
+        return Features(self.numeric[positions], self.codes[positions])
+
+
+def _as_text(column: pd.Series[Any]) -> list[str]:
+    gaps = column.isna().to_numpy()
+    return [MISSING if gap else str(v) for v, gap in zip(column.tolist(), gaps, strict=True)]
+
+
+def learn_schema(frame: pd.DataFrame, features: Sequence[str]) -> tuple[Schema, list[str]]:
+    """Decides what each column is, from development rows only.
+
+    Returns:
+        The schema, and a line for each column that was dropped or cut.
+
+    Raises:
+        DataError: A column of an unusable type, or no usable column.
+    """
+    numeric: list[str] = []
+    flagged: list[int] = []
+    categorical: list[tuple[str, tuple[str, ...]]] = []
+    notes: list[str] = []
+    for name in features:
+        column = frame[name]
+        dtype = column.dtype
+        if column.nunique(dropna=False) < 2:
+            notes.append(f"column {name} is constant and was dropped")
+        elif pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype):
+            if column.isna().any():
+                flagged.append(len(numeric))
+            numeric.append(name)
+        elif pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(
+            dtype
+        ):
+            raise DataError(f"column {name} holds dates; turn it into numbers or drop it")
+        else:
+            counts = pd.Series(_as_text(column)).value_counts()
+            counts = counts.sort_index().sort_values(ascending=False, kind="stable")
+            if len(counts) > _MOST_CATEGORIES:
+                notes.append(
+                    f"column {name} has {len(counts)} categories; the {_MOST_CATEGORIES} most "
+                    "frequent are kept, the others count as unknown"
+                )
+            kept = sorted(str(value) for value in counts.index[:_MOST_CATEGORIES])
+            categorical.append((name, tuple(kept)))
+    if not numeric and not categorical:
+        raise DataError("no usable feature column is left")
+    return Schema(tuple(numeric), tuple(flagged), tuple(categorical)), notes

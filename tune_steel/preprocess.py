@@ -1,0 +1,144 @@
+"""Feature transforms, one per replica, each fitted on that replica's training rows only.
+
+Per replica: gaps in numeric columns are filled with the median, numeric columns are scaled,
+columns with gaps get a flag, categories become one-hot. The state is plain arrays with a leading
+replica axis, so that it is stored beside the weights and needs no pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from tune_steel.features import Features, Floats, Ints, Schema
+
+_MOST_QUANTILES = 1000
+_TAIL = 1e-7  # scikit-learn's QuantileTransformer clips there: +-5.2 standard deviations
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Fitted transforms of R replicas.
+
+    Attributes:
+        scaling: `standard`, `robust` or `quantile`.
+        schema: What the columns are.
+        median: What fills gaps, [R, P].
+        state: The scaling's arrays, each with a leading replica axis.
+    """
+
+    scaling: str
+    schema: Schema
+    median: Floats
+    state: dict[str, Floats]
+
+    @property
+    def width(self) -> int:
+        """The number D of features that the network sees."""
+        return _width(self.schema)
+
+    def transform(self, features: Features) -> NDArray[np.float32]:
+        """Transforms rows by every replica's own fit: float32 [R, n, D]."""
+        out = np.zeros((len(self.median), len(features), self.width), dtype=np.float32)
+        for replica, median in enumerate(self.median):
+            state = {name: array[replica] for name, array in self.state.items()}
+            self._fill(out[replica], features, median, state)
+        return out
+
+    def _fill(
+        self,
+        out: NDArray[np.float32],
+        features: Features,
+        median: Floats,
+        state: dict[str, Floats],
+    ) -> None:
+        gaps = np.isnan(features.numeric)
+        complete = np.where(gaps, median, features.numeric)
+        column = complete.shape[1]
+        out[:, :column] = _SCALE[self.scaling](complete, state)
+        flags = gaps[:, list(self.schema.flagged)]
+        out[:, column : column + flags.shape[1]] = flags
+        column += flags.shape[1]
+        for i, (_, values) in enumerate(self.schema.categorical):
+            known = np.flatnonzero(features.codes[:, i] >= 0)
+            out[known, column + features.codes[known, i]] = 1.0
+            column += len(values)
+
+
+def fit_preprocessing(
+    scaling: str, schema: Schema, features: Features, train: Sequence[Ints]
+) -> Preprocessing:
+    """Fits one transform for each replica.
+
+    Args:
+        scaling: `standard` (mean 0, variance 1), `robust` (median 0, interquartile range 1, then
+            the smooth clip x / sqrt(1 + (x / 3)^2) of RealMLP, arXiv 2407.04491) or `quantile`
+            (ranks mapped to a standard normal).
+        schema: What the columns are.
+        features: The rows that `train` counts in.
+        train: Training positions of each replica; nothing else is read.
+    """
+    quantiles = min(_MOST_QUANTILES, *(len(rows) for rows in train))
+    medians, states = [], []
+    for rows in train:
+        numeric = features.numeric[rows]
+        empty = np.isnan(numeric).all(axis=0)
+        median = np.nanmedian(np.where(empty, 0.0, numeric), axis=0)
+        complete = np.where(np.isnan(numeric), median, numeric)
+        medians.append(median)
+        states.append(_fit(scaling, complete, quantiles))
+    state = {name: np.stack([s[name] for s in states]) for name in states[0]}
+    return Preprocessing(scaling, schema, np.stack(medians), state)
+
+
+def _width(schema: Schema) -> int:
+    one_hot = sum(len(values) for _, values in schema.categorical)
+    return len(schema.numeric) + len(schema.flagged) + one_hot
+
+
+def _fit(scaling: str, x: Floats, quantiles: int) -> dict[str, Floats]:
+    if scaling == "standard":
+        return {"center": x.mean(axis=0), "scale": _inverse(x.std(axis=0))}
+    if scaling == "robust":
+        low, middle, high = np.quantile(x, [0.25, 0.5, 0.75], axis=0)
+        # RealMLP: where the quartiles coincide, half of the full range stands in for their range.
+        spread = np.where(high > low, high - low, (x.max(axis=0) - x.min(axis=0)) / 2)
+        return {"center": middle, "scale": _inverse(spread)}
+    references = np.linspace(0, 1, quantiles)
+    # Interpolation can break the order by a rounding error, which np.interp would not forgive.
+    return {"quantiles": np.maximum.accumulate(np.quantile(x, references, axis=0), axis=0)}
+
+
+def _inverse(scale: Floats) -> Floats:
+    """1 / scale, and 1 where a column is constant (up to rounding) in a fold."""
+    constant = scale < 1e-12
+    return np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, scale))
+
+
+def _standard(x: Floats, state: dict[str, Floats]) -> Floats:
+    return (x - state["center"]) * state["scale"]
+
+
+def _robust(x: Floats, state: dict[str, Floats]) -> Floats:
+    scaled = _standard(x, state)
+    return scaled / np.sqrt(1 + (scaled / 3) ** 2)
+
+
+def _quantile(x: Floats, state: dict[str, Floats]) -> Floats:
+    quantiles = state["quantiles"]
+    references = np.linspace(0, 1, len(quantiles))
+    out = np.empty_like(x)
+    for i in range(x.shape[1]):
+        q = quantiles[:, i]
+        # From both sides, so that a repeated value gets the middle of its ranks.
+        below = np.interp(x[:, i], q, references)
+        above = np.interp(-x[:, i], -q[::-1], -references[::-1])
+        out[:, i] = ndtri(np.clip((below - above) / 2, _TAIL, 1 - _TAIL))
+    return out
+
+
+_SCALE = {"standard": _standard, "robust": _robust, "quantile": _quantile}
