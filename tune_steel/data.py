@@ -318,12 +318,11 @@ def _read(path: Path, where: str | None = None) -> pd.DataFrame:
 
 
 def _csv(path: Path) -> pd.DataFrame:
+    # read_csv takes surplus fields for an index and renames the second of two equal names; the
+    # first two lines, read without a header, are an error and show the names.
+    names = pd.read_csv(path, header=None, nrows=2, dtype=str).iloc[0]
     frame = pd.read_csv(path, low_memory=False)
-    # read_csv renames the second of two equal names, so the names come from the first line.
-    names = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
-    if names.dropna().duplicated().any():
-        return frame.set_axis(names, axis=1)
-    return frame.reset_index(drop=True)
+    return frame.set_axis(names, axis=1) if names.dropna().duplicated().any() else frame
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -331,7 +330,7 @@ def _parquet(path: Path) -> pd.DataFrame:
 
     # pandas' own metadata would turn columns back into an index and into nullable dtypes.
     frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
-    return frame.loc[:, frame.columns != "__index_level_0__"]
+    return frame.drop(columns="__index_level_0__", errors="ignore")
 
 
 def _arff(path: Path) -> pd.DataFrame:
@@ -339,25 +338,25 @@ def _arff(path: Path) -> pd.DataFrame:
 
     with path.open(encoding="utf-8") as file:
         content: dict[str, Any] = arff.load(file)
-    rows = pd.DataFrame(content["data"], columns=range(len(content["attributes"])), dtype=object)
-    columns: list[Any] = []
-    for position, (_, kind) in enumerate(content["attributes"]):
-        values = rows[position]
-        if isinstance(kind, list):
-            columns.append(pd.Series(pd.Categorical(values, categories=kind)))
-        else:
-            columns.append(values if kind == "STRING" else values.astype("float64"))
-    return pd.concat(columns, axis=1).set_axis([name for name, _ in content["attributes"]], axis=1)
+    kinds = dict(content["attributes"])
+    frame = pd.DataFrame(content["data"], columns=list(kinds), dtype=object)
+    return frame.astype(
+        {
+            name: pd.CategoricalDtype(kind) if isinstance(kind, list) else "float64"
+            for name, kind in kinds.items()
+            if kind != "STRING"
+        }
+    )
 
 
 def _plain(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Columns of Python objects become numbers or strings; others stay."""
-    if column.dtype != object:
-        return column
+    """Numbers, strings and categories as they are; dates and Python's other objects as strings."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
-    if kind in {"decimal", "integer", "floating", "mixed-integer-float"}:
-        return column.astype("float64")
-    return column.astype("str")
+    if kind in {"decimal", "empty", "integer", "floating", "mixed-integer-float"}:
+        return column.astype("float64") if column.dtype == object else column
+    if kind == "string" or pd.api.types.is_numeric_dtype(column) or kind == "categorical":
+        return column
+    return column.map(str, na_action="ignore")
 
 
 def _listed(names: Iterable[str]) -> str:

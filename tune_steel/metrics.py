@@ -18,32 +18,10 @@ from torchmetrics.classification import (
 from torchmetrics.functional.classification import multilabel_auroc
 
 from tune_steel.networks import log_probabilities
-
-SCORES = (
-    "loss",
-    "log_loss",
-    "accuracy",
-    "macro_accuracy",
-    "macro_precision",
-    "macro_f1",
-    "auroc",
-    "positive_precision",
-    "negative_precision",
-)
-"""Names of the scores, in the order of every table; the last two exist for two classes only.
-
-`loss` is the cross-entropy weighted with the task's class weights, `log_loss` the plain one;
-`macro_accuracy` is the mean recall of the classes (balanced accuracy); `auroc` is one-versus-rest,
-averaged over the classes.
-"""
+from tune_steel.scores import score_names
 
 IGNORED = -1
 """The target of padding rows, which no score counts."""
-
-
-def score_names(classes: int) -> tuple[str, ...]:
-    """The scores of a task with that many classes."""
-    return SCORES if classes == 2 else SCORES[:-2]
 
 
 class Scorer:

@@ -121,12 +121,13 @@ def _fetch(dataset_id: int, read_timeout_s: float) -> dict[str, Any]:
         session: requests.Session, method: str, url: str, **options: object
     ) -> requests.Response:
         host = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+        handled = sys.exception()  # openml may call from within an `except`
         try:
             response = send(
                 session, method, url, timeout=(CONNECT_TIMEOUT_S, read_timeout_s), **options
             )
         except requests.ConnectionError as error:
-            raise _RefusedError(f"{host} cannot be reached ({_root(error)})") from None
+            raise _RefusedError(f"{host} cannot be reached ({_reason(error, handled)})") from None
         except requests.ReadTimeout:
             raise _RefusedError(f"{host} did not answer within {read_timeout_s:g} s") from None
         # openml trips over error pages that are not its XML, which is what proxies send.
@@ -153,9 +154,9 @@ def _names(value: str | list[str] | None) -> list[str]:
     return [name for entry in listed for name in entry.split(",")]
 
 
-def _root(error: BaseException) -> str:
-    """The innermost reason of an error of requests, such as `Connection refused`."""
-    while inner := error.__cause__ or error.__context__:
+def _reason(error: BaseException, handled: BaseException | None) -> str:
+    """The innermost reason, such as `Connection refused`, of an error raised by requests."""
+    while (inner := error.__cause__ or error.__context__) and inner is not handled:
         error = inner
     return getattr(error, "strerror", None) or _line(error)
 

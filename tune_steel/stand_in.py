@@ -79,4 +79,5 @@ def _snap(
     if levels is None:
         return np.round(values, decimals)
     known = np.asarray(levels)
-    return known[np.abs(values[:, None] - known).argmin(axis=1)]
+    nearest: NDArray[np.float64] = known[np.abs(values[:, None] - known).argmin(axis=1)]
+    return nearest

@@ -1,0 +1,61 @@
+"""What a run searches on, resolved from its options: table, task, splits and space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tune_steel import data, tasks
+from tune_steel.options import Options
+from tune_steel.space import Space, load_space, spaces_folder
+from tune_steel.splits import Development, SealedTest, Splits, freeze, prepare
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A resolved problem.
+
+    Attributes:
+        table: The table and where it came from.
+        task: Rows, classes and features.
+        splits: The frozen splits.
+        shares: Shares of train, validation and test.
+        development: What the search may see.
+        sealed: What it may not.
+        space: What it samples from.
+        notes: Lines about columns that were dropped or cut.
+    """
+
+    table: data.Table
+    task: tasks.Task
+    splits: Splits
+    shares: tuple[float, float, float]
+    development: Development
+    sealed: SealedTest
+    space: Space
+    notes: list[str]
+
+
+def resolve(options: Options) -> Problem:
+    """Loads the table, cuts it and reads the space.
+
+    Raises:
+        TuneSteelError: Something the user can mend.
+    """
+    if options.openml_id is not None:
+        table = data.load_openml(options.openml_id)
+        task = tasks.own_task(table, options.target)
+    elif options.target is not None:
+        assert options.data is not None
+        table = data.load_own(options.data)
+        task = tasks.own_task(table, options.target)
+    else:
+        assert options.task is not None
+        table = data.load_steel(options.data, options.source)
+        task = tasks.steel_task(table, options.task)
+    default = options.task or ("binary" if len(task.classes) == 2 else "faults7")
+    space = load_space(options.space or spaces_folder() / f"{default}.toml")
+    space.check_classes(task.classes)
+    shares = options.split or task.split
+    splits = freeze(task, seed=options.seed, split=shares, folds=options.folds)
+    development, sealed, notes = prepare(task, splits)
+    return Problem(table, task, splits, shares, development, sealed, space, notes)

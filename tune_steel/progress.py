@@ -1,0 +1,57 @@
+"""One plain progress line, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from tune_steel.searcher import StudySearcher
+
+
+class ProgressLine(Callback):
+    """Says how far the search is: in place on a terminal, else a line now and then."""
+
+    def __init__(self, searcher: StudySearcher, samples: int) -> None:
+        self._searcher = searcher
+        self._samples = samples
+        self._started = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._every = 0.5 if self._terminal else 15.0
+        self._next = self._started + self._every
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Called by Tune at every turn of its loop, at most 0.1 s apart."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every
+            self._write(end="" if self._terminal else "\n")
+
+    def close(self) -> None:
+        """Writes the last line."""
+        self._write(end="\n")
+
+    def _write(self, end: str) -> None:
+        states = [record.state for record in self._searcher.records]
+        best = min(
+            (record for record in self._searcher.records if record.epochs),
+            key=lambda record: record.epochs[-1]["best_val_loss"],
+            default=None,
+        )
+        ended = len(states) - states.count("RUNNING")
+        seconds = int(time.monotonic() - self._started)
+        parts = [
+            f"trials {ended}/{self._samples}",
+            f"complete {states.count('COMPLETE')}",
+            f"pruned {states.count('PRUNED')}",
+            f"failed {states.count('FAIL')}",
+            f"running {states.count('RUNNING')}",
+        ]
+        if best is not None:
+            parts.append(f"best val_loss {best.epochs[-1]['best_val_loss']:.4f} (#{best.number})")
+        parts.append(f"{seconds // 60}:{seconds % 60:02d}")
+        line = "  ".join(parts)
+        # Erase to the end of the line, because the new one may be shorter.
+        print(f"\r{line}\x1b[K" if self._terminal else line, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,154 @@
+"""Ray: start a private one or join a cluster, and run the trials of a study through Tune."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when Ray is imported. Ray's own tables, loggers and error prints are off, because the
+# progress line and our tables say it; its memory monitor aborts a whole search when it kills one
+# worker; a trial may take a minute to wind up before its worker is used again.
+os.environ.update(
+    RAY_AIR_NEW_OUTPUT="0",
+    RAY_DEDUP_LOGS="0",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_PRINT_ALL_TRIAL_ERRORS="0",
+    TUNE_FUNCTION_THREAD_TIMEOUT_S="60",
+    # Tune's snapshots are not used: the study's journal is the source of truth.
+    TUNE_GLOBAL_CHECKPOINT_S="1000000000",
+    RAY_memory_monitor_refresh_ms="0",
+    RAY_CHDIR_TO_TRIAL_DIR="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+)
+
+import ray
+from ray import tune
+
+from tune_steel.errors import OptionError
+from tune_steel.progress import ProgressLine
+from tune_steel.scheduler import make_scheduler
+from tune_steel.searcher import ErrorKeeper, StudySearcher
+from tune_steel.splits import Development
+from tune_steel.trainable import train_trial
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a trial takes and how many run at once (None: as many as there are CPUs for)."""
+
+    cpus_per_trial: float
+    gpus_per_trial: float
+    concurrency: int | None
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in a trial."""
+        return max(1, int(self.cpus_per_trial))
+
+
+@contextmanager
+def ray_session(address: str | None, resources: Resources) -> Iterator[int]:
+    """Starts a private Ray, or joins the cluster at an address; yields the concurrency.
+
+    Raises:
+        OptionError: The cluster cannot be joined, or no trial fits on this machine.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        # Without "local", Ray would join whatever cluster it finds.
+        ray.init(address="local", include_dashboard=False, **quiet)
+    else:
+        if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").exists():
+            # A head that is started where this file exists asks for its token; a driver that is
+            # given an address does not send it by itself (Ray 2.60).
+            os.environ["RAY_AUTH_MODE"] = "token"
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OptionError(
+                f"--address {address}: no Ray cluster can be joined there ({reason}); start one "
+                "with `ray up cluster.yaml` or `ray start --head`, or leave --address out"
+            ) from None
+    try:
+        yield _concurrency(address, resources)
+    finally:
+        ray.shutdown()
+
+
+def _concurrency(address: str | None, resources: Resources) -> int:
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    if address is None:  # a cluster may grow, a machine does not
+        if resources.cpus_per_trial > cpus:
+            raise OptionError(
+                f"--cpus-per-trial {resources.cpus_per_trial:g}: this machine has {cpus:g}"
+            )
+        if resources.gpus_per_trial > gpus:
+            raise OptionError(
+                f"--gpus-per-trial {resources.gpus_per_trial:g}: this machine has {gpus:g}"
+            )
+    if resources.concurrency is not None:
+        return resources.concurrency
+    slots = cpus / resources.cpus_per_trial
+    if resources.gpus_per_trial > 0:
+        slots = min(slots, gpus / resources.gpus_per_trial)
+    return max(1, int(slots))
+
+
+def run_trials(
+    searcher: StudySearcher,
+    development: Development,
+    *,
+    samples: int,
+    max_epochs: int,
+    grace_period: int,
+    reduction_factor: int,
+    resources: Resources,
+    concurrency: int,
+) -> None:
+    """Runs the trials that the searcher asks for; returns early on Ctrl-C.
+
+    Workers get the development rows and nothing else. Every trial of `searcher.records` has
+    ended when this returns.
+    """
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            train_trial,
+            development=development,
+            max_epochs=max_epochs,
+            threads=resources.threads,
+            device="cuda" if resources.gpus_per_trial > 0 else "cpu",
+        ),
+        {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+    )
+    progress = ProgressLine(searcher, samples)
+    with tempfile.TemporaryDirectory(prefix="tune_steel-") as scratch:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                num_samples=samples,
+                search_alg=searcher,
+                scheduler=make_scheduler(max_epochs, grace_period, reduction_factor),
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[ErrorKeeper(searcher), progress],
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            searcher.close()
+            progress.close()

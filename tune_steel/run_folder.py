@@ -1,0 +1,187 @@
+"""A run's folder: `run.json` and the tables."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_steel import tables
+from tune_steel.errors import OptionError
+from tune_steel.options import Options
+from tune_steel.run_record import git_commit, machine, package_versions
+from tune_steel.splits import split_hash
+
+if TYPE_CHECKING:
+    from tune_steel.evaluate import Evaluation
+    from tune_steel.problem import Problem
+    from tune_steel.searcher import TrialRecord
+
+
+def make_folder(output: Path, name: str) -> Path:
+    """Makes `output/<name>-<UTC time>`.
+
+    Raises:
+        OptionError: It cannot be made or written.
+    """
+    stem = f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            folder = output / (stem if attempt == 1 else f"{stem}-{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder.resolve()
+    except OSError as error:
+        raise OptionError(
+            f"--output {output}: no folder can be made there ({error.strerror}); "
+            "name one that you may write to"
+        ) from None
+    raise OptionError(f"--output {output}: {stem} is there a thousand times; name another folder")
+
+
+class RunFolder:
+    """Writes what a run gives, each file whole or not at all.
+
+    Attributes:
+        path: The folder.
+        record: What `run.json` holds; `write_record` writes it.
+    """
+
+    def __init__(self, path: Path, options: Options, problem: Problem) -> None:
+        """Fills the record with everything that is known before the search."""
+        self.path = path
+        self._problem = problem
+        self._columns = {
+            "run": path.name,
+            "task": problem.task.name,
+            "data_source": problem.table.source,
+        }
+        splits, task = problem.splits, problem.task
+        self.record: dict[str, Any] = {
+            **self._columns,
+            "state": "searching",
+            "command": sys.argv,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "options": {
+                key: str(value) if isinstance(value, Path) else value
+                for key, value in asdict(options).items()
+            },
+            "data": {
+                "name": problem.table.name,
+                "source": problem.table.source,
+                "rows": len(problem.table.frame),
+                "content_hash": problem.table.content_hash,
+            },
+            "classes": list(task.classes),
+            "reference_weights": problem.development.reference_weights.tolist(),
+            "features": {
+                "numeric": list(problem.development.schema.numeric),
+                "flagged": list(problem.development.schema.flagged),
+                "categorical": [name for name, _ in problem.development.schema.categorical],
+            },
+            "splits": {
+                "shares": list(problem.shares),
+                "rows": {
+                    "train": len(splits.train),
+                    "val": len(splits.val),
+                    "test": len(splits.test),
+                },
+                "val_hash": split_hash(task.rows[splits.val]),
+                "test_hash": split_hash(task.rows[splits.test]),
+                "val_rows": task.rows[splits.val].tolist(),
+                "test_rows": task.rows[splits.test].tolist(),
+            },
+            "space": {
+                "name": problem.space.name,
+                "content_hash": problem.space.content_hash,
+                "leaves": problem.space.as_dict(),
+            },
+            "versions": package_versions(),
+            "git_commit": git_commit(),
+            "machine": machine(),
+        }
+
+    def write_record(self, **more: object) -> None:
+        """Adds to the record and writes `run.json`."""
+        self.record.update(more)
+        tables.write_json(self.path / "run.json", self.record)
+
+    def write_trials(self, records: list[TrialRecord]) -> None:
+        """Writes `trials.parquet` and `epochs.parquet`."""
+        classes = len(self._problem.task.classes)
+        leaves = self._problem.space.leaves
+        params = tables.parameter_types({leaf.key: leaf.values for leaf in leaves})
+        # A float range may be written with whole ends, and its samples are floats all the same.
+        params |= {leaf.key: tables.FLOAT for leaf in leaves if leaf.kind == "float"}
+        schema = tables.epochs_schema(classes)
+        epochs = [
+            {
+                **self._columns,
+                "trial": record.number,
+                **{key: value for key, value in row.items() if key in schema.names},
+            }
+            for record in records
+            for row in record.epochs
+        ]
+        tables.write_table(self.path / "epochs.parquet", epochs, schema)
+        trials = [{**self._columns, **_trial_row(record)} for record in records]
+        tables.write_table(
+            self.path / "trials.parquet", trials, tables.trials_schema(classes, params)
+        )
+        self.record["trials"] = {
+            "states": dict(Counter(record.state for record in records)),
+            "epochs": len(epochs),
+        }
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Writes `predictions.parquet`, `scores.parquet` and `model/`."""
+        from tune_steel.evaluate import prediction_rows, score_rows
+        from tune_steel.predict import save_model
+
+        classes = self._problem.task.classes
+        predictions = (self._columns | row for row in prediction_rows(evaluation, classes))
+        tables.write_table(
+            self.path / "predictions.parquet", predictions, tables.predictions_schema(len(classes))
+        )
+        scores = (self._columns | row for row in score_rows(evaluation))
+        tables.write_table(self.path / "scores.parquet", scores, tables.scores_schema())
+        save_model(evaluation.model, self.path / "model")
+        low, high = evaluation.confusion_interval
+        self.record["test"] = {
+            "rows": len(evaluation.y),
+            "scores": {
+                model.name: {name: asdict(i) for name, i in model.intervals.items()}
+                for model in evaluation.models
+            },
+            "confusion": evaluation.confusion.tolist(),
+            "confusion_low": low.tolist(),
+            "confusion_high": high.tolist(),
+            "reproduction_gap": evaluation.reproduction_gap,
+        }
+
+
+def _trial_row(record: TrialRecord) -> Mapping[str, object]:
+    best = record.best
+    scores = (
+        {k: v for k, v in best.items() if "val_" in k and k != "best_val_loss"} if best else {}
+    )
+    return {
+        "trial": record.number,
+        "state": record.state,
+        "seed": record.seed,
+        "epochs": len(record.epochs),
+        "best_epoch": best["epoch"] if best else None,
+        **scores,
+        "seconds": record.seconds,
+        "node": best["node"] if best else None,
+        "error": record.error,
+        "config": record.config.model_dump_json(exclude_none=True),
+        **record.params,
+    }

@@ -1,0 +1,173 @@
+"""The scores, by name, and their bootstrap intervals, of class probabilities in NumPy.
+
+`metrics.py` computes the same scores each epoch through torchmetrics; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tune_steel.features import Floats, Ints
+
+SCORES = {
+    "loss": "cross-entropy weighted with the task's fixed class weights (inverse frequency)",
+    "log_loss": "cross-entropy without class weights",
+    "accuracy": "share of rows whose class is right",
+    "macro_accuracy": "mean recall of the classes (balanced accuracy)",
+    "macro_precision": "mean precision of the classes",
+    "macro_f1": "mean F1 of the classes",
+    "auroc": "area under the ROC curve, one class against the rest, mean of the classes",
+    "positive_precision": "precision of the second class (two classes only)",
+    "negative_precision": "precision of the first class (two classes only)",
+}
+"""What each score is, in the order of every table. Lower is better for the two losses."""
+
+RESAMPLES = 2000
+_LEAST_PROBABILITY = 1e-15
+_CELLS_A_CHUNK = 4_000_000
+
+
+def score_names(classes: int) -> tuple[str, ...]:
+    """The scores of a task with that many classes."""
+    names = tuple(SCORES)
+    return names if classes == 2 else names[:-2]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def score(p: Floats, y: Ints, reference_weights: Floats) -> dict[str, float]:
+    """Scores of class probabilities.
+
+    Args:
+        p: Probabilities [n, C].
+        y: Class indices [n].
+        reference_weights: The task's class weights [C].
+    """
+    once = _weighted(p, y, reference_weights, np.ones((1, len(y))))
+    return {name: float(values[0]) for name, values in once.items()}
+
+
+def bootstrap(
+    p: Floats, y: Ints, reference_weights: Floats, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Interval]:
+    """Scores with 95 % percentile bootstrap intervals over rows.
+
+    Rows are drawn with replacement within each class, because the splits are stratified: the
+    class counts are not random. The interval says how far the score would move with other rows
+    of the same kind; it does not cover another training set.
+
+    Args:
+        p: Probabilities [n, C].
+        y: Class indices [n].
+        reference_weights: The task's class weights [C].
+        seed: Seed of the resampling.
+        resamples: How many.
+    """
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(y == c) for c in range(p.shape[1])]
+    drawn: dict[str, list[Floats]] = {name: [] for name in score_names(p.shape[1])}
+    chunk = max(_CELLS_A_CHUNK // len(y), 1)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        counts = np.zeros((size, len(y)))
+        for rows in members:
+            if len(rows):
+                even = np.full(len(rows), 1 / len(rows))
+                counts[:, rows] = rng.multinomial(len(rows), even, size=size)
+        for name, values in _weighted(p, y, reference_weights, counts).items():
+            drawn[name].append(values)
+    out = {}
+    for name, value in score(p, y, reference_weights).items():
+        low, high = np.nanquantile(np.concatenate(drawn[name]), [0.025, 0.975])
+        out[name] = Interval(value, float(low), float(high))
+    return out
+
+
+def confusion(p: Floats, y: Ints) -> Ints:
+    """Confusion matrix [true class, predicted class]."""
+    classes = p.shape[1]
+    cells = np.bincount(y * classes + p.argmax(axis=1), minlength=classes * classes)
+    return cells.reshape(classes, classes)
+
+
+def confusion_interval(table: Ints, seed: int, resamples: int = RESAMPLES) -> tuple[Ints, Ints]:
+    """95 % bootstrap interval of each cell of a confusion matrix, rows drawn within classes.
+
+    Args:
+        table: Counts [true class, predicted class].
+        seed: Seed of the resampling.
+        resamples: How many.
+
+    Returns:
+        Low and high counts, each of the table's shape.
+    """
+    rng = np.random.default_rng(seed)
+    low, high = np.zeros_like(table), np.zeros_like(table)
+    for true, row in enumerate(table):
+        rows = int(row.sum())
+        if rows:
+            drawn = rng.multinomial(rows, row / rows, size=resamples)
+            low[true], high[true] = np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest")
+    return low, high
+
+
+def _weighted(p: Floats, y: Ints, weights: Floats, counts: Floats) -> dict[str, Floats]:
+    """Scores [S] of rows that are counted `counts` [S, n] times."""
+    classes = p.shape[1]
+    predicted = np.eye(classes)[p.argmax(axis=1)]
+    truth = np.eye(classes)[y]
+    nll = -np.log(np.clip(p[np.arange(len(y)), y], _LEAST_PROBABILITY, None))
+    hits = counts @ (predicted * truth)
+    support = counts @ truth
+    claimed = counts @ predicted
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall = hits / support
+        precision = np.where(claimed > 0, hits / claimed, 0.0)
+        f1 = 2 * hits / (support + claimed)
+    # A class that is neither there nor predicted counts in no macro average (as in torchmetrics).
+    absent = support + claimed == 0
+    out = {
+        "loss": counts @ (weights[y] * nll) / (counts @ weights[y]),
+        "log_loss": counts @ nll / counts.sum(axis=1),
+        "accuracy": hits.sum(axis=1) / counts.sum(axis=1),
+        "macro_accuracy": np.nanmean(recall, axis=1),
+        "macro_precision": _mean(precision, absent),
+        "macro_f1": _mean(f1, absent),
+        "auroc": _auroc(p, truth, counts),
+    }
+    if classes == 2:
+        out["positive_precision"] = precision[:, 1]
+        out["negative_precision"] = precision[:, 0]
+    return out
+
+
+def _mean(values: Floats, absent: NDArray[np.bool_]) -> Floats:
+    mean: Floats = np.where(absent, 0.0, values).sum(axis=1) / (~absent).sum(axis=1)
+    return mean
+
+
+def _auroc(p: Floats, truth: Floats, counts: Floats) -> Floats:
+    """Macro one-versus-rest AUROC [S]; ties count half (Mann-Whitney U)."""
+    classes = range(p.shape[1]) if p.shape[1] > 2 else range(1, 2)
+    areas = []
+    for c in classes:
+        order = np.argsort(p[:, c], kind="stable")
+        _, starts = np.unique(p[order, c], return_index=True)
+        positive = np.add.reduceat(counts[:, order] * truth[order, c], starts, axis=1)
+        negative = np.add.reduceat(counts[:, order] * (1 - truth[order, c]), starts, axis=1)
+        below = np.cumsum(negative, axis=1) - negative
+        wins = (positive * (below + negative / 2)).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            areas.append(wins / (positive.sum(axis=1) * negative.sum(axis=1)))
+    mean: Floats = np.nanmean(np.stack(areas), axis=0)
+    return mean

@@ -1,0 +1,338 @@
+"""The main job and its command line: search, retrain the best, score on test, write the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+from tune_steel.errors import SearchFailedError, TuneSteelError
+
+if TYPE_CHECKING:
+    from tune_steel.options import Options
+    from tune_steel.problem import Problem
+    from tune_steel.run_folder import RunFolder
+    from tune_steel.searcher import TrialRecord
+
+# Imports that take seconds (torch, Ray, pandas) wait until the options are known to be possible.
+
+EXIT_USAGE = 2
+EXIT_CUT_SHORT = 130
+_FIRST_CONFIGS = 5
+
+
+def run_search(options: Options) -> int:
+    """Runs the whole job; returns the exit code.
+
+    Raises:
+        TuneSteelError: Something the user can mend.
+        SearchFailedError: Every trial failed.
+    """
+    from tune_steel.problem import resolve
+    from tune_steel.run_folder import RunFolder, make_folder
+
+    options.check()
+    problem = resolve(options)
+    for note in problem.notes:
+        _say(note)
+    if options.dry_run:
+        _dry_run(options, problem)
+        return 0
+    folder = RunFolder(make_folder(options.output, problem.task.name), options, problem)
+    folder.write_record()
+    records, finished = _search(options, problem, folder)
+    best = choose(records, options)
+    if best is None:
+        return _nothing_to_score(records, folder)
+    _evaluate(options, problem, folder, records, best)
+    folder.write_record(state="finished" if finished else "cut short")
+    print(f"\nresults: {folder.path}")
+    if not finished:
+        _say(f"cut short: {_ended(records)} of {options.samples} trials ended")
+    return 0 if finished else EXIT_CUT_SHORT
+
+
+def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
+    """The trial with the lowest validation loss among those that had a full chance.
+
+    Candidates ran to their end, or were stopped at the top rung. Where none did, because the
+    search was cut short, those that the scheduler stopped earlier stand in.
+    """
+    from tune_steel.scheduler import METRIC, rungs
+
+    top = rungs(options.max_epochs, options.grace_period, options.reduction_factor)[-1]
+    stopped = [r for r in records if r.state in ("COMPLETE", "PRUNED")]
+    full = [r for r in stopped if r.state == "COMPLETE" or len(r.epochs) >= top]
+    return min(full or stopped, key=lambda record: record.epochs[-1][METRIC], default=None)
+
+
+def _search(
+    options: Options, problem: Problem, folder: RunFolder
+) -> tuple[list[TrialRecord], bool]:
+    """Runs the trials and writes their tables; false when the search was cut short."""
+    from tune_steel.ray_tune import Resources, ray_session, run_trials
+    from tune_steel.searcher import StudySearcher, open_study
+
+    _announce(options, problem, folder)
+    study = open_study(folder.path / "study.journal", folder.path.name, options.seed)
+    searcher = StudySearcher(problem.space, study, options.seed, options.max_epochs)
+    resources = Resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrency)
+    started = time.monotonic()
+    try:
+        with ray_session(options.address, resources) as concurrency:
+            folder.write_record(concurrency=concurrency)
+            run_trials(
+                searcher,
+                problem.development,
+                samples=options.samples,
+                max_epochs=options.max_epochs,
+                grace_period=options.grace_period,
+                reduction_factor=options.reduction_factor,
+                resources=resources,
+                concurrency=concurrency,
+            )
+    except KeyboardInterrupt:
+        searcher.close()
+    finally:
+        folder.write_trials(searcher.records)
+    folder.write_record(state="searched", search_seconds=time.monotonic() - started)
+    return searcher.records, _ended(searcher.records) >= options.samples
+
+
+def _ended(records: list[TrialRecord]) -> int:
+    return sum(record.state != "INTERRUPTED" for record in records)
+
+
+def _nothing_to_score(records: list[TrialRecord], folder: RunFolder) -> int:
+    """Says why there is no best trial."""
+    failures = [record for record in records if record.state == "FAIL"]
+    if not failures:
+        folder.write_record(state="cut short")
+        _say(f"cut short before any trial ended; nothing to score; results: {folder.path}")
+        return EXIT_CUT_SHORT
+    folder.write_record(state="failed")
+    raise SearchFailedError(
+        f"every trial failed ({len(failures)}); the first one with {failures[0].error}; "
+        f"all of them: {folder.path / 'trials.parquet'}"
+    )
+
+
+def _evaluate(
+    options: Options,
+    problem: Problem,
+    folder: RunFolder,
+    records: list[TrialRecord],
+    best: TrialRecord,
+) -> None:
+    """Retrains, opens the test rows, writes and prints."""
+    from tune_steel.evaluate import SEEDS, evaluate
+    from tune_steel.fit import prepare_process
+    from tune_steel.summary import make_console, print_evaluation, print_search
+
+    console = make_console()
+    print_search(console, records, best)
+    started = time.monotonic()
+    assert best.best is not None
+    _say(
+        f"retraining: {SEEDS} seeds of trial {best.number} for {best.best['epoch']} epochs, the "
+        "default config, and boosting; then one look at the test rows"
+    )
+    # As many threads as a trial had, so that the best trial's curve comes out bit for bit.
+    prepare_process(max(1, int(options.cpus_per_trial)))
+    evaluation = evaluate(
+        best,
+        next((r for r in records if r.number == 0 and r.state == "COMPLETE"), None),
+        problem.development,
+        problem.sealed,
+        options.seed,
+        problem.table.source,
+        "cuda" if options.gpus_per_trial > 0 and options.address is None else "cpu",
+    )
+    folder.write_evaluation(evaluation)
+    folder.write_record(best_trial=best.number, evaluate_seconds=time.monotonic() - started)
+    print_evaluation(console, evaluation, problem.task.classes)
+    _warn_of_stand_in(problem)
+
+
+def _announce(options: Options, problem: Problem, folder: RunFolder) -> None:
+    splits = problem.splits
+    _say(
+        f"{problem.task.name}: {len(problem.task.y)} rows ({problem.table.source}), "
+        f"{len(problem.task.classes)} classes, {len(problem.task.features)} features; "
+        f"{len(splits.development)} rows to search on, {len(splits.test)} test rows kept apart"
+    )
+    replicas = f"{options.folds} folds" if options.folds > 1 else "one validation split"
+    _say(
+        f"{options.samples} trials of at most {options.max_epochs} epochs, {replicas}, "
+        f"space {problem.space.name}, seed {options.seed}; results in {folder.path}"
+    )
+    _warn_of_stand_in(problem)
+
+
+def _warn_of_stand_in(problem: Problem) -> None:
+    if problem.table.source == "stand-in":
+        _say("STAND-IN data: these scores say nothing about real steel plates")
+
+
+def _dry_run(options: Options, problem: Problem) -> None:
+    """Prints the resolved space, the splits and the first configs; trains nothing."""
+    import optuna
+
+    from tune_steel.scheduler import rungs
+    from tune_steel.searcher import ask, make_sampler
+    from tune_steel.splits import split_hash
+
+    splits, task = problem.splits, problem.task
+    stops = rungs(options.max_epochs, options.grace_period, options.reduction_factor)
+    print(f"data: {problem.table.source}, {len(problem.table.frame)} rows")
+    print(f"task: {task.name}; classes: {', '.join(task.classes)}")
+    print(
+        f"splits: train {len(splits.train)}, val {len(splits.val)}, test {len(splits.test)} "
+        f"(test hash {split_hash(task.rows[splits.test])[:12]}); folds: "
+        + ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
+    )
+    print(
+        f"ASHA may stop trials after epochs {', '.join(map(str, stops))} of {options.max_epochs}"
+    )
+    print(f"space {problem.space.name}:")
+    for key, value in sorted(problem.space.as_dict().items()):
+        print(f"  {key} = {json.dumps(value)}")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=make_sampler(options.seed))
+    study.enqueue_trial(problem.space.defaults())
+    print("first configs:")
+    for _ in range(min(_FIRST_CONFIGS, options.samples)):
+        _, record = ask(study, problem.space, options.seed)
+        print(f"  {record.number}: {json.dumps(record.params)}")
+    _warn_of_stand_in(problem)
+
+
+def _say(line: str) -> None:
+    print(f"tune_steel: {line}", file=sys.stderr, flush=True)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def search(
+    task: Annotated[
+        str | None, typer.Option(help="binary, multiclass or faults7 of the steel table.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Trials to run.")] = 200,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The table: CSV, Parquet or ARFF. Also TUNE_STEEL_DATA, for --task."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The label column; makes --data a table of your own.")
+    ] = None,
+    openml_id: Annotated[
+        int | None, typer.Option(help="An OpenML dataset as a table of your own.")
+    ] = None,
+    source: Annotated[
+        Literal["auto", "openml", "stand-in"],
+        typer.Option(
+            help="Where the steel table comes from; auto is file, cache, OpenML, stand-in."
+        ),
+    ] = "auto",
+    folds: Annotated[
+        int, typer.Option(help="Folds a trial trains in lock-step; 1 is one validation split.")
+    ] = 5,
+    split: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="Shares of train, validation and test.", metavar="TRAIN VAL TEST"),
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="Search space, a TOML file like search_spaces/*.toml.")
+    ] = None,
+    max_epochs: Annotated[int, typer.Option(help="The most epochs of a trial.")] = 50,
+    grace_period: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs before ASHA may stop a trial.", show_default="a ninth of --max-epochs"
+        ),
+    ] = None,
+    reduction_factor: Annotated[
+        int, typer.Option(help="ASHA goes on with the best one in so many.")
+    ] = 3,
+    cpus_per_trial: Annotated[float, typer.Option(help="CPUs, and threads, of a trial.")] = 1.0,
+    gpus_per_trial: Annotated[
+        float, typer.Option(help="GPUs of a trial; may be a fraction.")
+    ] = 0.0,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials at once; say it on a cluster that grows.", show_default="as many as fit"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Every other seed is derived from it.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path(
+        "results"
+    ),
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster to join, host:port or auto.", show_default="a private Ray"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print space, splits and first configs; run nothing.")
+    ] = False,
+) -> int:
+    """Search the best network for a table, retrain it, score it once on unseen test rows."""
+    from tune_steel.options import Options, default_grace_period
+
+    return run_search(
+        Options(
+            task=task,
+            samples=samples,
+            data=data,
+            target=target,
+            openml_id=openml_id,
+            source=source,
+            folds=folds,
+            split=split,
+            space=space,
+            max_epochs=max_epochs,
+            grace_period=default_grace_period(max_epochs)
+            if grace_period is None
+            else grace_period,
+            reduction_factor=reduction_factor,
+            cpus_per_trial=cpus_per_trial,
+            gpus_per_trial=gpus_per_trial,
+            concurrency=concurrency,
+            seed=seed,
+            output=output,
+            address=address,
+            dry_run=dry_run,
+        )
+    )
+
+
+def main() -> None:
+    """The `tune-steel` command."""
+    try:
+        code = app(standalone_mode=False)
+    except TuneSteelError as error:
+        _say(f"error: {error}")
+        code = EXIT_USAGE
+    except TyperException as error:
+        _say(f"error: {error.format_message()}")
+        code = EXIT_USAGE
+    except SearchFailedError as error:
+        _say(f"error: {error}")
+        code = 1
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        code = EXIT_CUT_SHORT
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The tables of a run: fixed Parquet schemas, a description with every column, atomic writes.
+
+The description of a column is in the Parquet file too, as the field's metadata `doc`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tune_steel.scores import SCORES, score_names
+
+Row = Mapping[str, Any]
+FLOAT = pa.float64()
+
+
+def _field(name: str, kind: pa.DataType, doc: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"doc": doc})
+
+
+_RUN = [
+    _field("run", pa.string(), "Name of the run, that is, of its folder."),
+    _field("task", pa.string(), "Name of the task or of the user's table."),
+    _field(
+        "data_source",
+        pa.string(),
+        "file, cache, openml or stand-in; scores on the stand-in say nothing about real data.",
+    ),
+]
+
+
+def _scores(classes: int, when: str) -> list[pa.Field]:
+    return [
+        _field(f"val_{name}", pa.float64(), f"Validation {SCORES[name]}; {when}")
+        for name in score_names(classes)
+    ]
+
+
+def epochs_schema(classes: int) -> pa.Schema:
+    """`epochs.parquet`: a row for each trial and epoch; scores are means over the folds."""
+    return pa.schema(
+        [
+            *_RUN,
+            _field("trial", pa.int32(), "Trial number, from 0; trial 0 is the space's default."),
+            _field("epoch", pa.int32(), "Epoch, from 1."),
+            _field("train_loss", pa.float64(), "Training loss with the config's class weights."),
+            *_scores(classes, "mean over the folds."),
+            _field("fold_val_loss", pa.list_(pa.float64()), "val_loss of each fold."),
+            _field("best_val_loss", pa.float64(), "Lowest val_loss of the trial so far."),
+            _field("best_epoch", pa.int32(), "The epoch that best_val_loss comes from."),
+            _field("learning_rate", pa.float64(), "Learning rate in this epoch."),
+            _field("seconds", pa.float64(), "Wall time of the epoch, in seconds."),
+        ]
+    )
+
+
+def trials_schema(classes: int, params: Mapping[str, pa.DataType]) -> pa.Schema:
+    """`trials.parquet`: a row for each trial.
+
+    Args:
+        classes: Number of classes of the task.
+        params: Arrow type of each searched parameter, by dotted key.
+    """
+    return pa.schema(
+        [
+            *_RUN,
+            _field("trial", pa.int32(), "Trial number, from 0; trial 0 is the space's default."),
+            _field(
+                "state",
+                pa.string(),
+                "COMPLETE (ran to its end), PRUNED (stopped by the scheduler), FAIL (raised), "
+                "INTERRUPTED (the search ended first).",
+            ),
+            _field("seed", pa.int64(), "Seed of the trial, derived from the run's."),
+            _field("epochs", pa.int32(), "Epochs that were trained."),
+            _field("best_epoch", pa.int32(), "Epoch with the lowest val_loss."),
+            *_scores(classes, "at the best epoch, mean over the folds."),
+            _field("fold_val_loss", pa.list_(pa.float64()), "val_loss of each fold there."),
+            _field("seconds", pa.float64(), "Wall time in the worker, in seconds."),
+            _field("node", pa.string(), "Address of the node that ran the trial."),
+            _field("error", pa.string(), "What a failed trial raised."),
+            _field("config", pa.string(), "The trial's whole config, as JSON."),
+            *(
+                _field(key, kind, "Searched parameter; null where its condition does not hold.")
+                for key, kind in params.items()
+            ),
+        ]
+    )
+
+
+def predictions_schema(classes: int) -> pa.Schema:
+    """`predictions.parquet`: a row for each model, seed and predicted row."""
+    return pa.schema(
+        [
+            *_RUN,
+            _field("model", pa.string(), "tuned, default or boosting."),
+            _field(
+                "split",
+                pa.string(),
+                "out-of-fold (the search's folds at the best epoch) or test.",
+            ),
+            _field("seed", pa.int32(), "Number of the seed; null is the mean of the seeds."),
+            _field("fold", pa.int32(), "Fold whose model predicts; null for test rows."),
+            _field("row", pa.int64(), "Index of the row in the original table, from 0."),
+            _field("y", pa.int32(), "Class index."),
+            _field("label", pa.string(), "Class name."),
+            *(_field(f"p{i}", pa.float64(), f"Probability of class {i}.") for i in range(classes)),
+        ]
+    )
+
+
+def scores_schema() -> pa.Schema:
+    """`scores.parquet`: a row for each model, split and score."""
+    return pa.schema(
+        [
+            *_RUN,
+            _field("model", pa.string(), "tuned, default or boosting."),
+            _field("split", pa.string(), "test, or validation (mean over the folds)."),
+            _field("rows", pa.int32(), "Rows that were scored."),
+            _field("score", pa.string(), "Name of the score."),
+            _field("value", pa.float64(), "Score of the averaged prediction."),
+            _field("low", pa.float64(), "Lower end of its 95 % bootstrap interval."),
+            _field("high", pa.float64(), "Upper end of its 95 % bootstrap interval."),
+            _field("seeds", pa.int32(), "Seeds that were averaged."),
+            _field("seed_mean", pa.float64(), "Mean of the single seeds' scores."),
+            _field("seed_sd", pa.float64(), "Their standard deviation; null for one seed."),
+        ]
+    )
+
+
+def write_table(path: Path, rows: Iterable[Row], schema: pa.Schema) -> None:
+    """Writes rows as Parquet, whole or not at all.
+
+    Args:
+        path: Where to; replaced when there is one.
+        rows: Mappings; what a row lacks is null, what the schema lacks is an error.
+        schema: Fixes names, order and types.
+    """
+    rows = list(rows)
+    unknown = {key for row in rows for key in row} - set(schema.names)
+    if unknown:
+        raise ValueError(f"{path.name} has no column {', '.join(sorted(unknown))}")
+    table = pa.Table.from_pylist(rows, schema=schema)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes JSON, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parameter_types(choices: Mapping[str, Sequence[object]]) -> dict[str, pa.DataType]:
+    """Arrow types of searched parameters from examples of their values.
+
+    Args:
+        choices: For each dotted key, values that its range holds.
+    """
+    types: dict[str, pa.DataType] = {}
+    for key, values in choices.items():
+        if all(isinstance(v, bool) for v in values):
+            types[key] = pa.bool_()
+        elif all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            types[key] = pa.int64()
+        elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            types[key] = pa.float64()
+        else:
+            types[key] = pa.string()
+    return types

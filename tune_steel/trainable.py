@@ -1,0 +1,58 @@
+"""The Ray Tune function: a config in, one fit, a report each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import tune
+
+from tune_steel.config import TrialConfig
+from tune_steel.fit import EpochRecord, Fit, prepare_process
+from tune_steel.seeds import derive
+from tune_steel.splits import Development
+
+
+def replica_seeds(trial_seed: int, replicas: int) -> list[int]:
+    """The seed of each replica of a trial."""
+    return [derive(trial_seed, "replica", r) for r in range(replicas)]
+
+
+def report_row(record: EpochRecord) -> dict[str, Any]:
+    """An epoch as plain values: means over the folds, and the folds' own losses."""
+    return {
+        "epoch": record.epoch,
+        "train_loss": float(record.train_loss.mean()),
+        **{f"val_{name}": float(values.mean()) for name, values in record.scores.items()},
+        "fold_val_loss": record.scores["loss"].tolist(),
+        "best_val_loss": record.best_val_loss,
+        "best_epoch": record.best_epoch,
+        "learning_rate": record.learning_rate,
+        "seconds": record.seconds,
+        "converged": record.converged,
+    }
+
+
+def train_trial(
+    trial: dict[str, Any], development: Development, max_epochs: int, threads: int, device: str
+) -> None:
+    """Trains one trial and reports every epoch; a non-finite loss raises.
+
+    Args:
+        trial: `number`, `seed` and `config` of the trial, as the searcher gave them.
+        development: The development rows, shared by all trials of a node.
+        max_epochs: The most epochs.
+        threads: Threads of torch.
+        device: `cpu` or `cuda`.
+    """
+    prepare_process(threads)
+    fit = Fit(
+        TrialConfig.model_validate(trial["config"]),
+        development,
+        development.folds,
+        replica_seeds(trial["seed"], len(development.folds)),
+        device,
+    )
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for record in fit.epochs(max_epochs):
+        tune.report({**report_row(record), "node": node})
