@@ -125,7 +125,7 @@ def _standard(x: Floats, state: dict[str, Floats]) -> Floats:
 
 def _robust(x: Floats, state: dict[str, Floats]) -> Floats:
     scaled = _standard(x, state)
-    return scaled / np.sqrt(1 + (scaled / 3) ** 2)
+    return scaled / np.hypot(1, scaled / 3)  # the square of an extreme value would overflow
 
 
 def _quantile(x: Floats, state: dict[str, Floats]) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,8 +70,9 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[int]:
             # given an address does not send it by itself (Ray 2.60).
             os.environ["RAY_AUTH_MODE"] = "token"
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OptionError(
                 f"--address {address}: no Ray cluster can be joined there ({reason}); start one "
@@ -80,6 +82,17 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[int]:
         yield _concurrency(address, resources)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fails at once where nobody listens; `ray.init` would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("allowed are host:port of the head, and auto on a node of the cluster")
+    with socket.create_connection((host, int(port)), timeout=10):
+        pass
 
 
 def _concurrency(address: str | None, resources: Resources) -> int:

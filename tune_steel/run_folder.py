@@ -117,9 +117,10 @@ class RunFolder:
         """Writes `trials.parquet` and `epochs.parquet`."""
         classes = len(self._problem.task.classes)
         leaves = self._problem.space.leaves
-        params = tables.parameter_types({leaf.key: leaf.values for leaf in leaves})
-        # A float range may be written with whole ends, and its samples are floats all the same.
-        params |= {leaf.key: tables.FLOAT for leaf in leaves if leaf.kind == "float"}
+        params = {
+            leaf.key: tables.parameter_type(leaf.values, fractions=leaf.kind == "float")
+            for leaf in leaves
+        }
         schema = tables.epochs_schema(classes)
         epochs = [
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -44,7 +45,6 @@ def run_search(options: Options) -> int:
         _dry_run(options, problem)
         return 0
     folder = RunFolder(make_folder(options.output, problem.task.name), options, problem)
-    folder.write_record()
     records, finished = _search(options, problem, folder)
     best = choose(records, options)
     if best is None:
@@ -78,14 +78,19 @@ def _search(
     from tune_steel.ray_tune import Resources, ray_session, run_trials
     from tune_steel.searcher import StudySearcher, open_study
 
-    _announce(options, problem, folder)
-    study = open_study(folder.path / "study.journal", folder.path.name, options.seed)
-    searcher = StudySearcher(problem.space, study, options.seed, options.max_epochs)
     resources = Resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrency)
-    started = time.monotonic()
-    try:
-        with ray_session(options.address, resources) as concurrency:
-            folder.write_record(concurrency=concurrency)
+    with ExitStack() as stack:
+        try:
+            concurrency = stack.enter_context(ray_session(options.address, resources))
+        except BaseException:
+            folder.path.rmdir()  # still empty
+            raise
+        _announce(options, problem, folder)
+        folder.write_record(concurrency=concurrency)
+        study = open_study(folder.path / "study.journal", folder.path.name, options.seed)
+        searcher = StudySearcher(problem.space, study, options.seed, options.max_epochs)
+        started = time.monotonic()
+        try:
             run_trials(
                 searcher,
                 problem.development,
@@ -96,11 +101,11 @@ def _search(
                 resources=resources,
                 concurrency=concurrency,
             )
-    except KeyboardInterrupt:
-        searcher.close()
-    finally:
-        folder.write_trials(searcher.records)
-    folder.write_record(state="searched", search_seconds=time.monotonic() - started)
+        except KeyboardInterrupt:
+            pass  # what has ended is written and scored all the same
+        finally:
+            folder.write_trials(searcher.records)
+        folder.write_record(state="searched", search_seconds=time.monotonic() - started)
     return searcher.records, _ended(searcher.records) >= options.samples
 
 

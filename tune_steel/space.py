@@ -271,6 +271,8 @@ def _values(kind: str, given: object, *, log: bool, where: str) -> tuple[Value, 
             raise SpaceError(f"{where}: choices is a list with at least one value")
         if not all(isinstance(v, str | bool | int | float) for v in given):
             raise SpaceError(f"{where}: choices are strings, numbers, true or false, no lists")
+        if len({_kind(v) for v in given}) > 1:
+            raise SpaceError(f"{where}: choices are all strings, all numbers or all true/false")
         if len({(type(v), v) for v in given}) < len(given):
             raise SpaceError(f"{where}: a choice stands twice in {given!r}")
         return tuple(given)
@@ -287,6 +289,12 @@ def _values(kind: str, given: object, *, log: bool, where: str) -> tuple[Value, 
     if log and low <= 0:
         raise SpaceError(f"{where}: a log range must start above 0, not at {low!r}")
     return low, high
+
+
+def _kind(value: Value) -> str:
+    if isinstance(value, bool):
+        return "bool"
+    return "string" if isinstance(value, str) else "number"
 
 
 def _parents_first(

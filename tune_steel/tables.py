@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from tune_steel.scores import SCORES, score_names
 
 Row = Mapping[str, Any]
-FLOAT = pa.float64()
 
 
 def _field(name: str, kind: pa.DataType, doc: str) -> pa.Field:
@@ -165,20 +164,17 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def parameter_types(choices: Mapping[str, Sequence[object]]) -> dict[str, pa.DataType]:
-    """Arrow types of searched parameters from examples of their values.
+def parameter_type(values: Sequence[object], *, fractions: bool) -> pa.DataType:
+    """Arrow type of a searched parameter.
 
     Args:
-        choices: For each dotted key, values that its range holds.
+        values: Its choices, or the ends of its range.
+        fractions: Whether it is a range of floats, whose ends may be written as integers.
     """
-    types: dict[str, pa.DataType] = {}
-    for key, values in choices.items():
-        if all(isinstance(v, bool) for v in values):
-            types[key] = pa.bool_()
-        elif all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            types[key] = pa.int64()
-        elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            types[key] = pa.float64()
-        else:
-            types[key] = pa.string()
-    return types
+    if all(isinstance(v, bool) for v in values):
+        return pa.bool_()
+    if all(isinstance(v, str) for v in values):
+        return pa.string()
+    return (
+        pa.int64() if not fractions and all(isinstance(v, int) for v in values) else pa.float64()
+    )

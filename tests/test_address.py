@@ -1,0 +1,90 @@
+"""The same job on a Ray cluster that someone else started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import Command
+
+pytestmark = pytest.mark.ray
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(params=["disabled", "token"])
+def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head of one node with 2 CPUs: its address, and the environment of its user."""
+    port = _free_port()
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    if request.param == "token":
+        (home / ".ray").mkdir()
+        (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+    # Unix sockets need a short path.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ts") as scratch:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+                *("--node-ip-address=127.0.0.2", f"--port={port}", "--num-cpus=2"),
+                *("--include-dashboard=false", f"--temp-dir={scratch}"),
+                "--object-store-memory=100000000",
+            ],
+            env={**os.environ, **environment, "RAY_AUTH_MODE": request.param},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            _wait_for(port, process)
+            yield f"127.0.0.2:{port}", environment
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the head ended"
+        try:
+            socket.create_connection(("127.0.0.2", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError("the head does not listen")
+
+
+def test_a_search_runs_on_a_head_that_was_started_by_hand(
+    head: tuple[str, dict[str, str]], command: Command, space_file: Path, tmp_path: Path
+) -> None:
+    address, environment = head
+    done = command(
+        *("--task", "binary", "--source", "stand-in", "--space", space_file, "--folds", 2),
+        *("--samples", 4, "--max-epochs", 3, "--address", address),
+        **environment,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "elsewhere" / "results").iterdir()
+    trials = pd.read_parquet(run / "trials.parquet")
+    assert len(trials) == 4
+    assert set(trials["node"]) == {"127.0.0.2"}
+    assert json.loads((run / "run.json").read_text())["concurrency"] == 2

@@ -1,0 +1,379 @@
+"""The main job as a user runs it: the real command line, real Ray, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from conftest import SMALL_SPACE, Command
+from optuna.trial import TrialState
+
+from tune_steel.predict import load_model
+from tune_steel.scores import score
+from tune_steel.searcher import open_study
+
+pytestmark = pytest.mark.ray
+SMALL = ("--samples", 8, "--max-epochs", 6, "--grace-period", 2, "--folds", 3)
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "results").iterdir()
+    return run
+
+
+def read(run: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(run / f"{name}.parquet")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """One finished search on the stand-in, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    space = folder / "small.toml"
+    space.write_text(SMALL_SPACE)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tune_steel.search", "--task", "binary"),
+            *("--source", "stand-in", "--space", str(space), *map(str, SMALL)),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return only_run(folder), done.stdout, done.stderr
+
+
+def test_a_finished_run_has_all_its_files_and_no_other(finished: tuple[Path, str, str]) -> None:
+    run, _, _ = finished
+    assert sorted(p.name for p in run.iterdir()) == [
+        "epochs.parquet",
+        "model",
+        "predictions.parquet",
+        "run.json",
+        "scores.parquet",
+        "study.journal",
+        "trials.parquet",
+    ]
+
+
+def test_trials_and_epochs_agree(finished: tuple[Path, str, str]) -> None:
+    trials, epochs = read(finished[0], "trials"), read(finished[0], "epochs")
+    assert trials["trial"].tolist() == list(range(8))
+    assert set(trials["state"]) <= {"COMPLETE", "PRUNED"}
+    assert trials["state"].nunique() == 2
+    for _, trial in trials.iterrows():
+        curve = epochs[epochs["trial"] == trial["trial"]]
+        assert curve["epoch"].tolist() == list(range(1, trial["epochs"] + 1))
+        best = curve["val_loss"].argmin()
+        assert trial["best_epoch"] == best + 1
+        assert trial["val_loss"] == curve["val_loss"].iloc[best] == curve["best_val_loss"].iloc[-1]
+        assert trial["val_accuracy"] == curve["val_accuracy"].iloc[best]
+        assert (curve["best_val_loss"] == curve["val_loss"].cummin()).all()
+        folds = np.stack(curve["fold_val_loss"].to_list())
+        assert folds.shape == (trial["epochs"], 3)
+        np.testing.assert_allclose(folds.mean(axis=1), curve["val_loss"], rtol=1e-12)
+    assert trials.loc[0, "state"] == "COMPLETE"
+    pruned = trials[trials["state"] == "PRUNED"]
+    assert (pruned["epochs"] == 2).all()
+
+
+def test_the_study_tells_the_same_story_as_the_tables(finished: tuple[Path, str, str]) -> None:
+    run, _, _ = finished
+    trials = read(run, "trials")
+    study = open_study(run / "study.journal", run.name, seed=0)
+    assert [t.state.name for t in study.trials] == trials["state"].tolist()
+    for trial, (_, row) in zip(study.trials, trials.iterrows(), strict=True):
+        assert trial.last_step == row["epochs"]
+        assert trial.params.items() <= row.dropna().to_dict().items()
+        assert trial.user_attrs["config"] == json.loads(row["config"])
+        if trial.state == TrialState.COMPLETE:
+            assert trial.value == row["val_loss"]
+
+
+def test_the_first_trial_is_the_default_config(finished: tuple[Path, str, str]) -> None:
+    first = json.loads(read(finished[0], "trials").loc[0, "config"])
+    assert first["model"]["width_1"] == 8
+    assert first["optimizer"] == {
+        "name": "adam",
+        "lr": 0.01,
+        "weight_decay": 0.0,
+        "batch_size": 64,
+    }
+
+
+def test_the_best_trial_is_the_one_with_the_lowest_validation_loss_that_had_a_full_chance(
+    finished: tuple[Path, str, str],
+) -> None:
+    run, _, _ = finished
+    trials = read(run, "trials")
+    full = trials[(trials["state"] == "COMPLETE") | (trials["epochs"] >= 2)]
+    best = full.loc[full["val_loss"].idxmin(), "trial"]
+    assert json.loads((run / "run.json").read_text())["best_trial"] == best
+
+
+def test_run_json_holds_what_it_takes_to_repeat_the_run(finished: tuple[Path, str, str]) -> None:
+    record = json.loads((finished[0] / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["options"]["seed"] == 0
+    assert record["options"]["samples"] == 8
+    assert record["splits"]["rows"] == {"train": 1747, "val": 97, "test": 97}
+    assert len(record["splits"]["test_rows"]) == len(set(record["splits"]["test_rows"])) == 97
+    assert not set(record["splits"]["test_rows"]) & set(record["splits"]["val_rows"])
+    assert len(record["splits"]["test_hash"]) == 64
+    assert record["space"]["leaves"]["model.depth"] == {"int": [1, 2], "default": 1}
+    assert record["versions"]["torch"]
+    assert record["machine"]["cpus"] >= 1
+    assert record["data"]["content_hash"]
+
+
+def test_the_test_rows_are_the_frozen_ones_and_no_other_row_was_tested(
+    finished: tuple[Path, str, str],
+) -> None:
+    run, _, _ = finished
+    record = json.loads((run / "run.json").read_text())
+    predictions = read(run, "predictions")
+    test = predictions[predictions["split"] == "test"]
+    for _, rows in test.groupby(["model", test["seed"].fillna(-1)]):
+        assert rows["row"].tolist() == record["splits"]["test_rows"]
+    folds = predictions[predictions["split"] == "out-of-fold"]
+    assert len(folds) == folds["row"].nunique() == 1941 - 97
+    assert not set(folds["row"]) & set(record["splits"]["test_rows"])
+    np.testing.assert_allclose(predictions["p0"] + predictions["p1"], 1, rtol=1e-12)
+
+
+def test_scores_follow_from_the_predictions(finished: tuple[Path, str, str]) -> None:
+    run, _, _ = finished
+    record = json.loads((run / "run.json").read_text())
+    weights = np.array(record["reference_weights"])
+    predictions, scores = read(run, "predictions"), read(run, "scores")
+    test = predictions[predictions["split"] == "test"]
+    for model in ("tuned", "default", "boosting"):
+        rows = test[(test["model"] == model) & test["seed"].isna()]
+        found = score(rows[["p0", "p1"]].to_numpy(), rows["y"].to_numpy(), weights)
+        table = scores[(scores["model"] == model) & (scores["split"] == "test")]
+        assert table.set_index("score")["value"].to_dict() == pytest.approx(found, rel=1e-12)
+        assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
+        assert (table["rows"] == 97).all()
+    tuned = test[(test["model"] == "tuned") & test["seed"].notna()]
+    mean = tuned.groupby("row")["p1"].mean()
+    averaged = test[(test["model"] == "tuned") & test["seed"].isna()].set_index("row")["p1"]
+    np.testing.assert_allclose(mean.loc[averaged.index], averaged, rtol=1e-12)
+    assert tuned["seed"].nunique() == 5
+    rows = test[(test["model"] == "tuned") & test["seed"].isna()]
+    predicted = (rows["p1"] > rows["p0"]).astype(int)
+    confusion = pd.crosstab(rows["y"], predicted).reindex(columns=[0, 1], fill_value=0)
+    assert confusion.to_numpy().tolist() == record["test"]["confusion"]
+
+
+def test_out_of_fold_predictions_give_the_validation_loss_that_the_search_recorded(
+    finished: tuple[Path, str, str],
+) -> None:
+    run, _, _ = finished
+    record = json.loads((run / "run.json").read_text())
+    # The best trial was trained again in another process: the curve is the same to the last bit.
+    assert record["test"]["reproduction_gap"] == 0
+    predictions, trials = read(run, "predictions"), read(run, "trials")
+    folds = predictions[predictions["split"] == "out-of-fold"]
+    weights = np.array(record["reference_weights"])
+    losses = [
+        score(rows[["p0", "p1"]].to_numpy(), rows["y"].to_numpy(), weights)["loss"]
+        for _, rows in folds.groupby("fold")
+    ]
+    best = trials.set_index("trial").loc[record["best_trial"]]
+    np.testing.assert_allclose(losses, best["fold_val_loss"], rtol=1e-9)
+
+
+def test_the_stored_model_reproduces_the_stored_test_probabilities(
+    finished: tuple[Path, str, str],
+) -> None:
+    from tune_steel.data import load_steel
+
+    run, _, _ = finished
+    predictions = read(run, "predictions")
+    averaged = predictions[
+        (predictions["split"] == "test")
+        & (predictions["model"] == "tuned")
+        & predictions["seed"].isna()
+    ]
+    frame = load_steel(source="stand-in").frame
+    p = load_model(run / "model").predict_proba(frame.iloc[averaged["row"]])
+    np.testing.assert_allclose(p, averaged[["p0", "p1"]].to_numpy(), rtol=1e-6)
+
+
+def test_the_stand_in_is_said_in_every_output(finished: tuple[Path, str, str]) -> None:
+    run, _, printed = finished
+    assert "STAND-IN" in printed
+    for name in ("trials", "epochs", "predictions", "scores"):
+        assert set(read(run, name)["data_source"]) == {"stand-in"}
+    assert json.loads((run / "run.json").read_text())["data_source"] == "stand-in"
+    assert json.loads((run / "model" / "model.json").read_text())["data_source"] == "stand-in"
+
+
+def test_what_a_run_prints_is_a_table_and_a_few_plain_lines(
+    finished: tuple[Path, str, str],
+) -> None:
+    _, out, err = finished
+    assert "Test scores on 97 rows" in out
+    assert "boosting" in out
+    assert "8 trials (" in out
+    for line in err.splitlines():
+        assert line.startswith(("tune_steel: ", "trials ")), line
+
+
+def test_an_own_table_with_strings_categories_and_gaps_works_from_another_directory(
+    command: Command, own_csv: Path, space_file: Path, tmp_path: Path
+) -> None:
+    done = command("--data", own_csv, "--target", "verdict", "--space", space_file, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "column site is constant and was dropped" in done.stderr
+    run = only_run(tmp_path / "elsewhere")
+    record = json.loads((run / "run.json").read_text())
+    assert record["classes"] == ["bad", "good"]
+    assert record["features"] == {
+        "numeric": ["size", "weight"],
+        "flagged": [1],
+        "categorical": ["shade"],
+    }
+    scores = read(run, "scores").set_index(["model", "split", "score"])["value"]
+    assert scores["tuned", "test", "auroc"] > 0.7  # size and shade tell most of it
+    frame = pd.read_csv(own_csv)
+    assert load_model(run / "model").predict_proba(frame).shape == (300, 2)
+
+
+def test_scrambled_test_rows_change_no_bit_of_the_search(
+    command: Command, own_csv: Path, space_file: Path, tmp_path: Path
+) -> None:
+    def curves(table: Path, name: str) -> tuple[pd.DataFrame, list[int]]:
+        done = command(
+            *("--data", table, "--target", "verdict", "--space", space_file, *SMALL),
+            *("--concurrency", 1, "--output", tmp_path / name),
+        )
+        assert done.returncode == 0, done.stderr
+        (run,) = (tmp_path / name).iterdir()
+        record = json.loads((run / "run.json").read_text())
+        epochs = read(run, "epochs").drop(columns=["run", "task", "seconds"])
+        return epochs, record["splits"]["test_rows"]
+
+    before, test_rows = curves(own_csv, "a")
+    frame = pd.read_csv(own_csv)
+    frame.loc[test_rows, "size"] = 1e6
+    frame.loc[test_rows, "weight"] = np.nan
+    frame.loc[test_rows, "shade"] = "violet"
+    frame.to_csv(tmp_path / "scrambled.csv", index=False)
+    after, same_rows = curves(tmp_path / "scrambled.csv", "b")
+    assert same_rows == test_rows
+    pd.testing.assert_frame_equal(before, after, check_exact=True)
+
+
+def test_trials_that_raise_are_recorded_and_the_search_goes_on(
+    command: Command, tmp_path: Path
+) -> None:
+    space = tmp_path / "s.toml"
+    # A weight near the largest float makes the loss infinite.
+    weight = "pos_weight = { choices = [1.0, 3e38], default = 1.0 }"
+    space.write_text(
+        SMALL_SPACE.replace(
+            "pos_weight = { float = [0.5, 4.0], log = true, default = 1.0 }", weight
+        )
+    )
+    done = command("--task", "binary", "--source", "stand-in", "--space", space, *SMALL)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path / "elsewhere")
+    trials = read(run, "trials")
+    failed = trials[trials["loss.pos_weight"] > 1]
+    assert 0 < len(failed) < 8
+    assert (failed["state"] == "FAIL").all()
+    assert failed["error"].str.startswith("NonFiniteLossError: the training loss of epoch 1").all()
+    assert set(trials.loc[trials["loss.pos_weight"] == 1, "state"]) <= {"COMPLETE", "PRUNED"}
+    study = open_study(run / "study.journal", run.name, seed=0)
+    states = [t.state for t in study.trials]
+    assert states.count(TrialState.FAIL) == len(failed)
+    assert TrialState.RUNNING not in states
+
+
+def test_when_every_trial_fails_it_says_why_and_exits_with_1(
+    command: Command, tmp_path: Path
+) -> None:
+    space = tmp_path / "s.toml"
+    space.write_text(
+        SMALL_SPACE.replace(
+            "pos_weight = { float = [0.5, 4.0], log = true, default = 1.0 }", "pos_weight = 3e38"
+        )
+    )
+    arguments = ("--samples", 3, "--max-epochs", 3, "--folds", 1)
+    done = command("--task", "binary", "--source", "stand-in", "--space", space, *arguments)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "every trial failed (3); the first one with NonFiniteLossError" in last
+    assert "Traceback" not in done.stderr
+    assert read(only_run(tmp_path / "elsewhere"), "trials")["state"].tolist() == ["FAIL"] * 3
+
+
+def test_ctrl_c_writes_and_scores_what_is_finished_and_says_so(
+    space_file: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tune_steel.search", "--task", "binary"),
+            *("--source", "stand-in", "--space", str(space_file), "--samples", "100000"),
+            *("--max-epochs", "6", "--folds", "2"),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(_ended(tmp_path)) < 5:
+            time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    run = only_run(tmp_path)
+    trials = read(run, "trials")
+    assert (trials["state"].isin(["COMPLETE", "PRUNED"])).sum() >= 5
+    assert set(trials["state"]) <= {"COMPLETE", "PRUNED", "INTERRUPTED"}
+    assert "Test scores on 97 rows" in out
+    assert "cut short" in err
+    assert "Traceback" not in err
+    assert json.loads((run / "run.json").read_text())["state"] == "cut short"
+    assert len(read(run, "scores")) > 0
+    study = open_study(run / "study.journal", run.name, seed=0)
+    assert TrialState.RUNNING not in [t.state for t in study.trials]
+
+
+def _ended(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    journals = list(folder.glob("results/*/study.journal"))
+    if not journals:
+        return []
+    study = open_study(journals[0], journals[0].parent.name, seed=0)
+    return [t for t in study.trials if t.state.is_finished()]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("task", ["binary", "multiclass", "faults7"])
+def test_the_three_tasks_run_on_the_real_table(
+    command: Command, tmp_path: Path, task: str
+) -> None:
+    done = command("--task", task, "--samples", 2, "--max-epochs", 2, "--folds", 2)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path / "elsewhere")
+    assert set(read(run, "trials")["data_source"]) == {"file"}
+    assert "STAND-IN" not in done.stderr
+    classes = len(json.loads((run / "run.json").read_text())["classes"])
+    p = read(run, "predictions")[[f"p{i}" for i in range(classes)]]
+    np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-9)
