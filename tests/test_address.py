@@ -24,14 +24,17 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(params=["disabled", "token"])
+# A head that asks for its user's token, one that was told not to, and one where there is none.
+@pytest.fixture(params=["token", "disabled", "no token"])
 def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray head of one node with 2 CPUs: its address, and the environment of its user."""
     port = _free_port()
     home = tmp_path / "home"
     home.mkdir()
     environment = {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-    if request.param == "token":
+    if request.param == "disabled":
+        environment["RAY_AUTH_MODE"] = "disabled"
+    if request.param != "no token":
         (home / ".ray").mkdir()
         (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
     # Unix sockets need a short path.
@@ -43,7 +46,12 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
                 *("--include-dashboard=false", f"--temp-dir={scratch}"),
                 "--object-store-memory=100000000",
             ],
-            env={**os.environ, **environment, "RAY_AUTH_MODE": request.param},
+            # As `ray start --head` alone does: it asks for the token where there is one.
+            env={
+                **os.environ,
+                "RAY_AUTH_MODE": "token" if request.param == "token" else "disabled",
+                **environment,
+            },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -52,12 +60,10 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
             _wait_for(port, process)
             yield f"127.0.0.2:{port}", environment
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+            # With the head go its raylet, its store and its workers: they are in its session, or
+            # notice within seconds.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:

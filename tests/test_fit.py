@@ -722,6 +722,17 @@ def test_validation_logits_are_those_of_each_fold_in_its_order():
     np.testing.assert_allclose(logits[2], logits[0][::-1], atol=1e-6)
 
 
+def test_scoring_in_chunks_of_rows_gives_the_scores_of_all_rows_at_once(monkeypatch):
+    development = develop()
+    fit = Fit(config_of(), development, development.folds, SEEDS)
+    whole, scores = fit.validation_logits(), fit.score()
+    monkeypatch.setattr("tune_steel.fit._ROWS_A_CHUNK", 3 * 7)  # 40 rows in chunks of 7
+    for ours, expected in zip(fit.validation_logits(), whole, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    for name, values in fit.score().items():
+        np.testing.assert_allclose(values, scores[name], rtol=0, atol=1e-6)
+
+
 def test_scores_of_folds_with_different_numbers_of_validation_rows_are_their_own():
     development = develop()
     (train, val), *_ = development.folds

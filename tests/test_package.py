@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_the_constraints_name_a_version_of_every_dependency_and_nothing_else() -
             assert match, line
             pinned[match[1].lower().replace("_", "-")] = match[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     for requirement in wanted:
         name = re.split(r"[\[<>=~!]", requirement)[0].lower()
         assert name in pinned, requirement

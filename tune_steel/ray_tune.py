@@ -27,6 +27,11 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
+if (Path.home() / ".ray" / "auth_token").exists():
+    # A head that is started where this file exists asks for its token; a driver that is given an
+    # address does not send it by itself (Ray 2.60). Who starts a head with RAY_AUTH_MODE=disabled
+    # has to say the same here.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import tune
@@ -60,15 +65,11 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[int]:
     Raises:
         OptionError: The cluster cannot be joined, or no trial fits on this machine.
     """
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     if address is None:
         # Without "local", Ray would join whatever cluster it finds.
         ray.init(address="local", include_dashboard=False, **quiet)
     else:
-        if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").exists():
-            # A head that is started where this file exists asks for its token; a driver that is
-            # given an address does not send it by itself (Ray 2.60).
-            os.environ["RAY_AUTH_MODE"] = "token"
         try:
             _knock(address)
             ray.init(address=address, **quiet)

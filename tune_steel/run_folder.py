@@ -67,7 +67,7 @@ class RunFolder:
         self.record: dict[str, Any] = {
             **self._columns,
             "state": "searching",
-            "command": sys.argv,
+            "command": ["python", "-m", "tune_steel.search", *sys.argv[1:]],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "options": {
                 key: str(value) if isinstance(value, Path) else value
