@@ -137,6 +137,15 @@ def test_a_stacked_batch_norm_of_a_constant_feature_is_its_bias():
     assert_close(stacked(x), torch.zeros(2, 4, 3))
 
 
+def test_a_stacked_batch_norm_whose_running_variance_is_tiny_equals_nn_batch_norm():
+    stacked, plain = StackedBatchNorm(1, 2).eval(), nn.BatchNorm1d(2).eval()
+    for variance in (0.0, 1e-6, 1e-5):
+        stacked.running_var.fill_(variance)
+        plain.running_var.fill_(variance)
+        x = normal(1, ROWS, 2)
+        assert_close(stacked(x)[0], plain(x[0]))
+
+
 @pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])

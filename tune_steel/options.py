@@ -20,6 +20,20 @@ def default_grace_period(max_epochs: int) -> int:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a trial takes and how many run at once (None: as many as there are CPUs for)."""
+
+    cpus_per_trial: float
+    gpus_per_trial: float
+    concurrency: int | None
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in a trial."""
+        return max(1, int(self.cpus_per_trial))
+
+
+@dataclass(frozen=True)
 class Options:
     """What a search was asked for; `search.py` says what each option means."""
 
@@ -35,9 +49,7 @@ class Options:
     max_epochs: int
     grace_period: int
     reduction_factor: int
-    cpus_per_trial: float
-    gpus_per_trial: float
-    concurrency: int | None
+    resources: Resources
     seed: int
     output: Path
     address: str | None
@@ -66,8 +78,9 @@ class Options:
         self._at_least("--max-epochs", self.max_epochs, 1)
         self._at_least("--reduction-factor", self.reduction_factor, 2)
         self._at_least("--seed", self.seed, 0)
-        if self.concurrency is not None:
-            self._at_least("--concurrency", self.concurrency, 1)
+        resources = self.resources
+        if resources.concurrency is not None:
+            self._at_least("--concurrency", resources.concurrency, 1)
         if not 1 <= self.folds <= _MOST_FOLDS:
             raise OptionError(
                 f"--folds {self.folds}: allowed are 1 (a plain split) to {_MOST_FOLDS}"
@@ -77,7 +90,7 @@ class Options:
                 f"--grace-period {self.grace_period}: allowed are 1 to --max-epochs "
                 f"({self.max_epochs})"
             )
-        if self.cpus_per_trial <= 0 or self.gpus_per_trial < 0:
+        if resources.cpus_per_trial <= 0 or resources.gpus_per_trial < 0:
             raise OptionError("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
         if self.split is not None:
             check_split(self.split)

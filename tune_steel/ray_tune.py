@@ -7,7 +7,6 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +36,12 @@ import ray
 from ray import tune
 
 from tune_steel.errors import OptionError
+from tune_steel.options import Resources
 from tune_steel.progress import ProgressLine
 from tune_steel.scheduler import make_scheduler
 from tune_steel.searcher import ErrorKeeper, StudySearcher
 from tune_steel.splits import Development
 from tune_steel.trainable import train_trial
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a trial takes and how many run at once (None: as many as there are CPUs for)."""
-
-    cpus_per_trial: float
-    gpus_per_trial: float
-    concurrency: int | None
-
-    @property
-    def threads(self) -> int:
-        """Threads of torch in a trial."""
-        return max(1, int(self.cpus_per_trial))
 
 
 @contextmanager

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tune_steel.problem import Problem
     from tune_steel.run_folder import RunFolder
     from tune_steel.searcher import TrialRecord
+    from tune_steel.space import Space
+    from tune_steel.splits import Development
 
 # Imports that take seconds (torch, Ray, pandas) wait until the options are known to be possible.
 
@@ -35,9 +37,9 @@ def run_search(options: Options) -> int:
         SearchFailedError: Every trial failed.
     """
     from tune_steel.problem import resolve
+    from tune_steel.ray_tune import ray_session
     from tune_steel.run_folder import RunFolder, make_folder
 
-    options.check()
     problem = resolve(options)
     for note in problem.notes:
         _say(note)
@@ -45,7 +47,17 @@ def run_search(options: Options) -> int:
         _dry_run(options, problem)
         return 0
     folder = RunFolder(make_folder(options.output, problem.task.name), options, problem)
-    records, finished = _search(options, problem, folder)
+    with ExitStack() as stack:
+        try:
+            concurrency = stack.enter_context(ray_session(options.address, options.resources))
+        except BaseException:
+            folder.path.rmdir()  # still empty
+            raise
+        _announce(options, problem, folder)
+        folder.write_record(concurrency=concurrency)
+        # Of the problem, the search gets what it may see.
+        records = _search(options, problem.space, problem.development, folder, concurrency)
+    finished = _ended(records) >= options.samples
     best = choose(records, options)
     if best is None:
         return _nothing_to_score(records, folder)
@@ -72,41 +84,36 @@ def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
 
 
 def _search(
-    options: Options, problem: Problem, folder: RunFolder
-) -> tuple[list[TrialRecord], bool]:
-    """Runs the trials and writes their tables; false when the search was cut short."""
-    from tune_steel.ray_tune import Resources, ray_session, run_trials
+    options: Options,
+    space: Space,
+    development: Development,
+    folder: RunFolder,
+    concurrency: int,
+) -> list[TrialRecord]:
+    """Runs the trials and writes their tables, also when it is cut short."""
+    from tune_steel.ray_tune import run_trials
     from tune_steel.searcher import StudySearcher, open_study
 
-    resources = Resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrency)
-    with ExitStack() as stack:
-        try:
-            concurrency = stack.enter_context(ray_session(options.address, resources))
-        except BaseException:
-            folder.path.rmdir()  # still empty
-            raise
-        _announce(options, problem, folder)
-        folder.write_record(concurrency=concurrency)
-        study = open_study(folder.path / "study.journal", folder.path.name, options.seed)
-        searcher = StudySearcher(problem.space, study, options.seed, options.max_epochs)
-        started = time.monotonic()
-        try:
-            run_trials(
-                searcher,
-                problem.development,
-                samples=options.samples,
-                max_epochs=options.max_epochs,
-                grace_period=options.grace_period,
-                reduction_factor=options.reduction_factor,
-                resources=resources,
-                concurrency=concurrency,
-            )
-        except KeyboardInterrupt:
-            pass  # what has ended is written and scored all the same
-        finally:
-            folder.write_trials(searcher.records)
-        folder.write_record(state="searched", search_seconds=time.monotonic() - started)
-    return searcher.records, _ended(searcher.records) >= options.samples
+    study = open_study(folder.path / "study.journal", folder.path.name, options.seed)
+    searcher = StudySearcher(space, study, options.seed, options.max_epochs)
+    started = time.monotonic()
+    try:
+        run_trials(
+            searcher,
+            development,
+            samples=options.samples,
+            max_epochs=options.max_epochs,
+            grace_period=options.grace_period,
+            reduction_factor=options.reduction_factor,
+            resources=options.resources,
+            concurrency=concurrency,
+        )
+    except KeyboardInterrupt:
+        pass  # what has ended is written and scored all the same
+    finally:
+        folder.write_trials(searcher.records)
+    folder.write_record(state="searched", search_seconds=time.monotonic() - started)
+    return searcher.records
 
 
 def _ended(records: list[TrialRecord]) -> int:
@@ -148,7 +155,7 @@ def _evaluate(
         "default config, and boosting; then one look at the test rows"
     )
     # As many threads as a trial had, so that the best trial's curve comes out bit for bit.
-    prepare_process(max(1, int(options.cpus_per_trial)))
+    prepare_process(options.resources.threads)
     evaluation = evaluate(
         best,
         next((r for r in records if r.number == 0 and r.state == "COMPLETE"), None),
@@ -156,7 +163,7 @@ def _evaluate(
         problem.sealed,
         options.seed,
         problem.table.source,
-        "cuda" if options.gpus_per_trial > 0 and options.address is None else "cpu",
+        "cuda" if options.resources.gpus_per_trial > 0 and options.address is None else "cpu",
     )
     folder.write_evaluation(evaluation)
     folder.write_record(best_trial=best.number, evaluate_seconds=time.monotonic() - started)
@@ -217,8 +224,9 @@ def _dry_run(options: Options, problem: Problem) -> None:
     _warn_of_stand_in(problem)
 
 
-def _say(line: str) -> None:
-    print(f"tune_steel: {line}", file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    """Prints one line on stderr; a library's message inside it may have had more."""
+    print(f"tune_steel: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -291,33 +299,29 @@ def search(
     ] = False,
 ) -> int:
     """Search the best network for a table, retrain it, score it once on unseen test rows."""
-    from tune_steel.options import Options, default_grace_period
+    from tune_steel.options import Options, Resources, default_grace_period
 
-    return run_search(
-        Options(
-            task=task,
-            samples=samples,
-            data=data,
-            target=target,
-            openml_id=openml_id,
-            source=source,
-            folds=folds,
-            split=split,
-            space=space,
-            max_epochs=max_epochs,
-            grace_period=default_grace_period(max_epochs)
-            if grace_period is None
-            else grace_period,
-            reduction_factor=reduction_factor,
-            cpus_per_trial=cpus_per_trial,
-            gpus_per_trial=gpus_per_trial,
-            concurrency=concurrency,
-            seed=seed,
-            output=output,
-            address=address,
-            dry_run=dry_run,
-        )
+    options = Options(
+        task=task,
+        samples=samples,
+        data=data,
+        target=target,
+        openml_id=openml_id,
+        source=source,
+        folds=folds,
+        split=split,
+        space=space,
+        max_epochs=max_epochs,
+        grace_period=default_grace_period(max_epochs) if grace_period is None else grace_period,
+        reduction_factor=reduction_factor,
+        resources=Resources(cpus_per_trial, gpus_per_trial, concurrency),
+        seed=seed,
+        output=output,
+        address=address,
+        dry_run=dry_run,
     )
+    options.check()
+    return run_search(options)
 
 
 def main() -> None:

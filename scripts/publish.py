@@ -1,0 +1,85 @@
+"""Publish finished runs: the tables behind the README's figures, and the figures themselves.
+
+    python scripts/publish.py results/<run> results/<run> ...
+
+writes results/published/scores.parquet (the runs' score tables) and runs.json (what it takes to
+repeat them, and how long they took), and puts the README's table between its two markers. No row
+of the data is in either file.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "results" / "published"
+BEGIN, END = "<!-- figures: scripts/publish.py -->", "<!-- end of figures -->"
+_KEPT = (
+    *("run", "task", "data_source", "command", "options", "data", "started", "versions"),
+    *("git_commit", "machine", "trials", "best_trial", "search_seconds", "evaluate_seconds"),
+)
+_SCORES = ("accuracy", "macro_accuracy", "macro_precision", "log_loss", "auroc")
+
+
+def collect(folders: list[Path]) -> None:
+    """Writes the published files from run folders."""
+    PUBLISHED.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for folder in folders:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if record["state"] != "finished":
+            sys.exit(f"{folder}: the run is {record['state']}, only finished ones are published")
+        runs.append({key: record[key] for key in _KEPT})
+    tables = [pq.read_table(folder / "scores.parquet") for folder in folders]
+    pq.write_table(pa.concat_tables(tables), PUBLISHED / "scores.parquet", compression="zstd")
+    text = json.dumps(runs, indent=1) + "\n"
+    (PUBLISHED / "runs.json").write_text(text, encoding="utf-8")
+
+
+def figures() -> str:
+    """The README's table, from the published files."""
+    runs = json.loads((PUBLISHED / "runs.json").read_text(encoding="utf-8"))
+    scores = pq.read_table(PUBLISHED / "scores.parquet").to_pylist()
+    lines = [
+        "| task | model | " + " | ".join(_SCORES) + " |",
+        "|---|---|" + "---|" * len(_SCORES),
+    ]
+    for run in runs:
+        mine = [row for row in scores if row["run"] == run["run"] and row["split"] == "test"]
+        for model in ("tuned", "default", "boosting"):
+            cells = []
+            for name in _SCORES:
+                (row,) = (r for r in mine if (r["model"], r["score"]) == (model, name))
+                cells.append(f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+            title = f"{run['task']} ({mine[0]['rows']} test rows)" if model == "tuned" else ""
+            lines.append(f"| {title} | {model} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for run in runs:
+        states = run["trials"]["states"]
+        ended = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        lines.append(
+            f"- `{' '.join(run['command'])}`: {sum(states.values())} trials ({ended}), "
+            f"{run['trials']['epochs']} epochs, {run['search_seconds'] / 60:.1f} minutes of "
+            f"search and {run['evaluate_seconds']:.0f} s of retraining and scoring on "
+            f"{run['machine']['cpus']} CPUs"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Collects the runs that the command line names and rewrites the README's table."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python scripts/publish.py results/<run> ...")
+    collect([Path(argument) for argument in sys.argv[1:]])
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
