@@ -1,25 +1,34 @@
-"""A run's folder: `run.json` and the tables."""
+"""A run's folder: `run.json`, which is what it takes to repeat the run, and the tables."""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_steel import tables
 from tune_steel.errors import OptionError
 from tune_steel.options import Options
-from tune_steel.run_record import git_commit, machine, package_versions
 from tune_steel.splits import split_hash
 
 if TYPE_CHECKING:
     from tune_steel.evaluate import Evaluation
     from tune_steel.problem import Problem
     from tune_steel.searcher import TrialRecord
+
+
+_PACKAGES = (
+    *("tune-steel", "torch", "torchmetrics", "numpy", "pandas", "pyarrow", "ray", "optuna"),
+    *("openml", "scikit-learn", "scipy", "pydantic", "safetensors"),
+)
 
 
 def make_folder(output: Path, name: str) -> Path:
@@ -103,9 +112,9 @@ class RunFolder:
                 "content_hash": problem.space.content_hash,
                 "leaves": problem.space.as_dict(),
             },
-            "versions": package_versions(),
-            "git_commit": git_commit(),
-            "machine": machine(),
+            "versions": _package_versions(),
+            "git_commit": _git_commit(),
+            "machine": _machine(),
         }
 
     def write_record(self, **more: object) -> None:
@@ -186,3 +195,54 @@ def _trial_row(record: TrialRecord) -> Mapping[str, object]:
         "config": record.config.model_dump_json(exclude_none=True),
         **record.params,
     }
+
+
+def _package_versions() -> dict[str, str | None]:
+    """Installed versions of what decides a result; None for what is not installed."""
+    out: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that runs, with `+changes` if it has any; None for a wheel."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def _machine() -> dict[str, object]:
+    """The driver's machine, in words and numbers."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
