@@ -12,6 +12,14 @@ ROWS = (41, 60, 23)
 LONGEST = max(ROWS)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def weights_of(classes):
     return np.linspace(0.4, 2.6, classes)
 

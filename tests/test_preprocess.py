@@ -22,6 +22,14 @@ SCALINGS = ("standard", "robust", "quantile")
 CLIP = norm.ppf(1 - 1e-7)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def numeric_features(numeric):
     numeric = np.asarray(numeric, dtype=np.float64)
     schema = Schema(tuple(f"x{i}" for i in range(numeric.shape[1])), (), ())

@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 
 MISSING = "<missing>"
 _MOST_CATEGORIES = 64
+_LARGEST = 1e30  # networks compute in single precision, whose largest number is 3e38
 
 
 def shorten(names: Sequence[str], most: int = 12) -> str:
@@ -60,8 +61,11 @@ class Schema:
                 numeric[:, i] = frame[name].to_numpy(dtype=np.float64, na_value=np.nan)
             except (TypeError, ValueError) as error:
                 raise DataError(f"column {name} is not numeric ({error})") from None
-            if np.isinf(numeric[:, i]).any():
-                raise DataError(f"column {name} holds infinite values; clip or remove them")
+            if (np.abs(numeric[:, i]) > _LARGEST).any():
+                raise DataError(
+                    f"column {name} holds infinite values or some above {_LARGEST:g}; "
+                    "clip or remove them"
+                )
         codes = np.empty((len(frame), len(self.categorical)), dtype=np.int64)
         for i, (name, values) in enumerate(self.categorical):
             position = {value: code for code, value in enumerate(values)}

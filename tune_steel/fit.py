@@ -3,7 +3,7 @@
 It knows torch and the development rows; it does not know Ray, Optuna or the test rows. Whatever
 decides (plateau, early stopping, the best epoch) reads the mean over the replicas, so that a trial
 has one learning-rate schedule and one best epoch, which a retrained model can repeat. Between two
-decisions each replica is exactly the run that it would be alone.
+decisions each replica of equally large folds is exactly the run that it would be alone.
 """
 
 from __future__ import annotations

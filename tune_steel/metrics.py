@@ -35,7 +35,7 @@ class Scorer:
             device: Where the logits will be.
         """
         classes = len(reference_weights)
-        self._weights = torch.as_tensor(reference_weights, device=device)
+        self._weights = torch.tensor(reference_weights, device=device)
         settings: dict[str, Any] = {
             "num_classes": classes,
             "multidim_average": "samplewise",
@@ -81,7 +81,8 @@ class Scorer:
         if len(self._weights) == 2:
             scores["negative_precision"], scores["positive_precision"] = precision.unbind(1)
         return {
-            name: scores[name].double().cpu().numpy() for name in score_names(len(self._weights))
+            name: scores[name].reshape(-1).double().cpu().numpy()
+            for name in score_names(len(self._weights))
         }
 
 

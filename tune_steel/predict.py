@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -89,7 +90,7 @@ def load_model(folder: Path) -> FittedModel:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         arrays = load_arrays(folder / "preprocessing.safetensors")
         weights = load_file(folder / "weights.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: no model can be read there ({error})") from None
     if description.get("format") != _FORMAT:
         raise DataError(f"{folder}: model format {description.get('format')}, known is {_FORMAT}")

@@ -102,20 +102,20 @@ def _width(schema: Schema) -> int:
 
 def _fit(scaling: str, x: Floats, quantiles: int) -> dict[str, Floats]:
     if scaling == "standard":
-        return {"center": x.mean(axis=0), "scale": _inverse(x.std(axis=0))}
+        return {"center": x.mean(axis=0), "scale": _inverse(x.std(axis=0), x)}
     if scaling == "robust":
         low, middle, high = np.quantile(x, [0.25, 0.5, 0.75], axis=0)
         # RealMLP: where the quartiles coincide, half of the full range stands in for their range.
         spread = np.where(high > low, high - low, (x.max(axis=0) - x.min(axis=0)) / 2)
-        return {"center": middle, "scale": _inverse(spread)}
+        return {"center": middle, "scale": _inverse(spread, x)}
     references = np.linspace(0, 1, quantiles)
     # Interpolation can break the order by a rounding error, which np.interp would not forgive.
     return {"quantiles": np.maximum.accumulate(np.quantile(x, references, axis=0), axis=0)}
 
 
-def _inverse(scale: Floats) -> Floats:
-    """1 / scale, and 1 where a column is constant (up to rounding) in a fold."""
-    constant = scale < 1e-12
+def _inverse(scale: Floats, x: Floats) -> Floats:
+    """1 / scale, and 1 where a column is constant in a fold."""
+    constant = x.min(axis=0) == x.max(axis=0)  # its deviation may be a rounding error
     return np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, scale))
 
 

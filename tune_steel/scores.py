@@ -26,7 +26,7 @@ SCORES = {
 """What each score is, in the order of every table. Lower is better for the two losses."""
 
 RESAMPLES = 2000
-_LEAST_PROBABILITY = 1e-15
+_LEAST_PROBABILITY = 1e-300  # only an exact 0 is lifted
 _CELLS_A_CHUNK = 4_000_000
 
 
