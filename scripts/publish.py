@@ -2,9 +2,9 @@
 
     python scripts/publish.py results/<run> results/<run> ...
 
-writes results/published/scores.parquet (the runs' score tables) and runs.json (what it takes to
-repeat them, and how long they took), and puts the README's table between its two markers. No row
-of the data is in either file.
+writes results/published/scores.parquet (the runs' score tables), runs.json (what it takes to
+repeat them, and how long they took) and report.txt (what the first run printed), and puts the
+figures and the report between their markers in the README. No row of the data is in these files.
 """
 
 import json
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
 BEGIN, END = "<!-- figures: scripts/publish.py -->", "<!-- end of figures -->"
+BEGIN_REPORT, END_REPORT = "<!-- report: scripts/publish.py -->", "<!-- end of report -->"
 _KEPT = (
     *("run", "task", "data_source", "command", "options", "data", "started", "versions"),
     *("git_commit", "machine", "trials", "best_trial", "search_seconds", "evaluate_seconds"),
@@ -32,11 +33,16 @@ def collect(folders: list[Path]) -> None:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if record["state"] != "finished":
             sys.exit(f"{folder}: the run is {record['state']}, only finished ones are published")
+        if "+changes" in (record["git_commit"] or "+changes"):
+            sys.exit(f"{folder}: the run is not of a clean commit ({record['git_commit']})")
         runs.append({key: record[key] for key in _KEPT})
     tables = [pq.read_table(folder / "scores.parquet") for folder in folders]
     pq.write_table(pa.concat_tables(tables), PUBLISHED / "scores.parquet", compression="zstd")
     text = json.dumps(runs, indent=1) + "\n"
     (PUBLISHED / "runs.json").write_text(text, encoding="utf-8")
+    report = (folders[0] / "report.txt").read_text(encoding="utf-8")
+    lines = [line.rstrip() for line in report.splitlines()]
+    (PUBLISHED / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def figures() -> str:
@@ -49,11 +55,12 @@ def figures() -> str:
     ]
     for run in runs:
         mine = [row for row in scores if row["run"] == run["run"] and row["split"] == "test"]
-        for model in ("tuned", "default", "boosting"):
-            cells = []
-            for name in _SCORES:
-                (row,) = (r for r in mine if (r["model"], r["score"]) == (model, name))
-                cells.append(f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+        for model in dict.fromkeys(row["model"] for row in mine):
+            rows = {row["score"]: row for row in mine if row["model"] == model}
+            cells = [
+                f"{rows[name]['value']:.3f} [{rows[name]['low']:.3f}, {rows[name]['high']:.3f}]"
+                for name in _SCORES
+            ]
             title = f"{run['task']} ({mine[0]['rows']} test rows)" if model == "tuned" else ""
             lines.append(f"| {title} | {model} | " + " | ".join(cells) + " |")
     lines.append("")
@@ -69,16 +76,25 @@ def figures() -> str:
     return "\n".join(lines)
 
 
+def report() -> str:
+    """What the first published run printed, as a Markdown block."""
+    return f"```text\n{(PUBLISHED / 'report.txt').read_text(encoding='utf-8')}```"
+
+
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
 def main() -> None:
     """Collects the runs that the command line names and rewrites the README's table."""
     if len(sys.argv) < 2:
         sys.exit("usage: python scripts/publish.py results/<run> ...")
     collect([Path(argument) for argument in sys.argv[1:]])
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
-    readme.write_text(text, encoding="utf-8")
+    text = _between(readme.read_text(encoding="utf-8"), BEGIN, END, figures())
+    readme.write_text(_between(text, BEGIN_REPORT, END_REPORT, report()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def test_parquet_types_beyond_numbers_and_strings_become_those(tmp_path):
     assert got["flag"].dtype == bool
     assert got["maybe"][0] == "True"
     assert got["maybe"].isna().tolist() == got["day"].isna().tolist() == [False, True]
-    assert got["day"][0].startswith("2020-01-01")
+    assert got["day"].dtype.kind == "M"
     assert got["kind"].dtype == "category"
 
 

@@ -27,6 +27,8 @@ def test_the_readmes_figures_are_those_of_the_published_files(publish: ModuleTyp
     shown = README.split(publish.BEGIN)[1].split(publish.END)[0].strip()
     assert shown == publish.figures()
     assert shown.count("| tuned |") == 3
+    printed = README.split(publish.BEGIN_REPORT)[1].split(publish.END_REPORT)[0].strip()
+    assert printed == publish.report()
 
 
 def test_published_figures_are_of_the_real_table_and_a_clean_commit(publish: ModuleType) -> None:

@@ -127,6 +127,7 @@ MISTAKES = [
     ("pos_weight = 1.0", "pos_weight = 1.0\nclass_weight_power = 1.0", "exclude each other"),
     ("pos_weight = 1.0", 'weighting = "power"', "weighting 'power' needs class_weight_power"),
     ("pos_weight = 1.0", "pos_weight = inf", "loss.pos_weight"),
+    ("batch_size = 32", "batch_size = { float = [16.0, 64.0], default = 32.0 }", "batch_size"),
 ]
 
 
@@ -139,6 +140,17 @@ def test_a_mistake_in_a_space_is_one_line_that_names_it(old: str, new: str, mess
     assert message in text
     assert text.startswith("my.toml: ")
     assert "\n" not in text
+
+
+def test_a_value_inside_a_range_that_makes_no_config_is_found_too() -> None:
+    text = GOOD.replace("int = [1, 2], default = 1", "int = [1, 3], default = 1").replace(
+        "when = { depth = [2] }", "when = { depth = [3] }"
+    )
+    text = text.replace(
+        "[loss]", "width_3 = { int = [2, 3], default = 2, when = { depth = [3] } }\n[loss]"
+    )
+    with pytest.raises(SpaceError, match="depth 2 needs width_2"):
+        parse(text)
 
 
 @pytest.mark.parametrize(

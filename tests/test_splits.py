@@ -156,6 +156,7 @@ def test_columns_become_numbers_flags_and_categories() -> None:
         flag=rng.random(n) < 0.5,
         same=[3] * n,
         many=[f"v{i % 90}" for i in range(n)],
+        id=[f"row {i}" for i in range(n)],
         label=np.arange(n) % 2,
     )
     development, sealed, notes = prepare(
@@ -169,6 +170,7 @@ def test_columns_become_numbers_flags_and_categories() -> None:
     assert len(dict(schema.categorical)["many"]) == 64
     assert notes[0] == "column same is constant and was dropped"
     assert "column many has" in notes[1]
+    assert notes[2] == "column id names every row differently and was dropped"
     features, _ = sealed.open()
     assert features.codes[:, 2].min() == -1
 

@@ -110,6 +110,15 @@ def test_a_target_that_is_not_there_lists_the_columns() -> None:
         own_task(table(x=[1, 2], label=[0, 1]), "lable")
 
 
+def test_the_steel_table_is_not_a_table_of_ones_own_while_its_flags_are_in_it(
+    steel: Table,
+) -> None:
+    with pytest.raises(DataError, match=r"V28\.\.V33 are the label; use --task"):
+        own_task(steel, "Class")
+    without = Table("mine", steel.frame.drop(columns=list(FLAGS)), "file", "hash")
+    assert own_task(without, "Class").features == tuple(f"V{i}" for i in range(1, 28))
+
+
 def test_a_table_that_names_its_own_target_needs_no_option() -> None:
     frame = pd.DataFrame({"x": [1, 2], "label": [0, 1]})
     assert own_task(Table("t", frame, "openml", "hash", target="label"), None).features == ("x",)

@@ -116,7 +116,7 @@ class TrialConfig(_Section):
     """Everything about one trial but its seed and its data."""
 
     model: ModelConfig
-    loss: LossConfig
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()

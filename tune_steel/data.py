@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import pandas as pd
 import platformdirs
 
 from tune_steel.errors import DataError
+from tune_steel.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,7 +144,7 @@ def load_steel(
     try:
         return _steel_from_openml()
     except DataError as error:
-        _say(
+        say(
             f"{error}: using the built-in STAND-IN table; "
             "its scores say nothing about steel plates"
         )
@@ -279,7 +279,7 @@ def _read_cache() -> pd.DataFrame | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever a damaged file does to the reader
-        _say(f"ignoring the cached table {path}: {_line(error)}")
+        say(f"ignoring the cached table {path}: {_line(error)}")
         return None
 
 
@@ -292,7 +292,7 @@ def _write_cache(frame: pd.DataFrame) -> None:
             frame.to_parquet(part)
             part.replace(path)
     except OSError as error:
-        _say(f"the table is not cached: {_line(error)}")
+        say(f"the table is not cached: {_line(error)}")
 
 
 def _read(path: Path, where: str | None = None) -> pd.DataFrame:
@@ -322,7 +322,13 @@ def _csv(path: Path) -> pd.DataFrame:
     # first two lines, read without a header, are an error and show the names.
     names = pd.read_csv(path, header=None, nrows=2, dtype=str).iloc[0]
     frame = pd.read_csv(path, low_memory=False)
-    return frame.set_axis(names, axis=1) if names.dropna().duplicated().any() else frame
+    if names.dropna().duplicated().any():
+        return frame.set_axis(names, axis=1)
+    if pd.isna(names.iloc[0]) and frame.iloc[:, 0].tolist() == list(range(len(frame))):
+        return frame.iloc[
+            :, 1:
+        ]  # the row numbers that DataFrame.to_csv writes; order is no feature
+    return frame
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -350,12 +356,14 @@ def _arff(path: Path) -> pd.DataFrame:
 
 
 def _plain(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Numbers, strings and categories as they are; dates and Python's other objects as strings."""
+    """Numbers, strings, dates and categories as they are; Python's other objects as strings."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind in {"decimal", "empty", "integer", "floating", "mixed-integer-float"}:
         return column.astype("float64") if column.dtype == object else column
     if kind == "string" or pd.api.types.is_numeric_dtype(column) or kind == "categorical":
         return column
+    if kind in {"datetime", "datetime64", "date"}:
+        return pd.to_datetime(column)
     return column.map(str, na_action="ignore")
 
 
@@ -366,7 +374,3 @@ def _listed(names: Iterable[str]) -> str:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _say(message: str) -> None:
-    print(f"tune_steel: {message}", file=sys.stderr)

@@ -6,12 +6,13 @@ decided by validation losses before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from tune_steel.errors import NonFiniteLossError
@@ -34,6 +35,10 @@ from tune_steel.trainable import replica_seeds
 
 SEEDS = 5
 """Networks that are retrained in lock-step and averaged."""
+
+
+_Entrant: TypeAlias = tuple[str, Callable[[Features], Floats], dict[str, float]]
+"""A model to score: its name, what gives its probabilities [S, n, C], its validation scores."""
 
 
 @dataclass
@@ -70,6 +75,7 @@ class Evaluation:
             best trial at its best epoch.
         reproduction_gap: Difference between the validation loss that the search recorded and the
             one of training the best trial again; 0 on the same machine.
+        notes: Lines about rivals that are missing.
     """
 
     model: FittedModel
@@ -80,6 +86,7 @@ class Evaluation:
     confusion_interval: tuple[Ints, Ints]
     out_of_fold: list[tuple[Ints, Ints, Floats]] = field(repr=False)
     reproduction_gap: float
+    notes: list[str]
 
 
 def evaluate(
@@ -104,11 +111,26 @@ def evaluate(
     """
     out_of_fold, gap = _out_of_fold(best, development, device)
     model = retrain(best, development, seed, data_source, device)
-    rival = None
-    if default is not None and default.number != best.number:
-        rival = retrain(default, development, seed, data_source, device)
-    boosting = _Boosting(development, seed)
+    entrants: list[_Entrant] = [("tuned", model.replica_probabilities, _validation(best))]
+    # A rival that cannot be trained is left out and said; it costs the winner nothing.
+    notes: list[str] = []
+    if default is None or default.best is None:
+        notes.append("the default config is missing below: its trial did not get past an epoch")
+    elif default.number == best.number:
+        entrants.append(("default", model.replica_probabilities, _validation(default)))
+    else:
+        try:
+            rival = retrain(default, development, seed, data_source, device)
+            entrants.append(("default", rival.replica_probabilities, _validation(default)))
+        except NonFiniteLossError as error:
+            notes.append(f"the default config is missing below: {error}")
+    try:
+        boosting = Boosting(development, seed)
+        entrants.append(("boosting", boosting.probabilities, boosting.validation()))
+    except Exception as error:  # scikit-learn's own limits, whatever they are
+        notes.append(f"boosting is missing below: {type(error).__name__}: {error}")
 
+    # All that could fail has been trained; from here on it is arithmetic.
     features, y = sealed.open()
 
     def scored(name: str, p: Floats, validation: dict[str, float]) -> Scored:
@@ -122,11 +144,7 @@ def evaluate(
             validation,
         )
 
-    models = [scored("tuned", model.replica_probabilities(features), _validation(best))]
-    if default is not None:
-        p = models[0].probabilities if rival is None else rival.replica_probabilities(features)
-        models.append(scored("default", p, _validation(default)))
-    models.append(scored("boosting", boosting.test(features), boosting.validation()))
+    models = [scored(name, predict(features), scores) for name, predict, scores in entrants]
     table = confusion(models[0].probabilities.mean(axis=0), y)
     return Evaluation(
         model=model,
@@ -137,6 +155,7 @@ def evaluate(
         confusion_interval=confusion_interval(table, derive(seed, "bootstrap")),
         out_of_fold=out_of_fold,
         reproduction_gap=gap,
+        notes=notes,
     )
 
 
@@ -195,41 +214,45 @@ def _validation(record: TrialRecord) -> dict[str, float]:
     return {key.removeprefix("val_"): v for key, v in best.items() if key.startswith("val_")}
 
 
-class _Boosting:
+class Boosting:
     """scikit-learn's HistGradientBoostingClassifier at its defaults, on the same rows."""
 
     def __init__(self, development: Development, seed: int) -> None:
         self._development = development
         self._random_state = derive(seed, "boosting")
-        self._all = self._fit(np.arange(len(development.y)))
+        self._final = self._fit(np.arange(len(development.y)))
 
-    def test(self, features: Features) -> Floats:
-        """Probabilities [1, n, C]."""
-        return self._probabilities(self._all, features)[None]
+    def probabilities(self, features: Features) -> Floats:
+        """Probabilities [1, n, C] by the model of all development rows."""
+        return self._predict(self._final, features)[None]
 
     def validation(self) -> dict[str, float]:
         """Mean over the folds of the validation scores."""
         development = self._development
         folds = []
         for train, val in development.folds:
-            p = self._probabilities(self._fit(train), development.features.take(val))
+            p = self._predict(self._fit(train), development.features.take(val))
             folds.append(score(p, development.y[val], development.reference_weights))
         return {
             name: float(np.mean([fold[name] for fold in folds]))
             for name in score_names(len(development.classes))
         }
 
-    def _fit(self, rows: Ints) -> Any:
+    def _fit(self, rows: Ints) -> tuple[Any, NDArray[np.bool_]]:
+        """The model of some rows, and which columns it reads: it cannot take an empty one."""
+        x = _matrix(self._development.features.take(rows))
+        known = np.asarray(np.isfinite(x).any(axis=0))
         numeric = len(self._development.schema.numeric)
-        categorical = len(self._development.schema.categorical)
-        return HistGradientBoostingClassifier(
-            categorical_features=np.arange(numeric, numeric + categorical),
-            random_state=self._random_state,
-        ).fit(_matrix(self._development.features.take(rows)), self._development.y[rows])
+        categorical = np.arange(x.shape[1]) >= numeric
+        model = HistGradientBoostingClassifier(
+            categorical_features=categorical[known], random_state=self._random_state
+        )
+        return model.fit(x[:, known], self._development.y[rows]), known
 
-    def _probabilities(self, model: Any, features: Features) -> Floats:
+    def _predict(self, fitted: tuple[Any, NDArray[np.bool_]], features: Features) -> Floats:
+        model, known = fitted
         out = np.zeros((len(features), len(self._development.classes)))
-        out[:, model.classes_] = model.predict_proba(_matrix(features))
+        out[:, model.classes_] = model.predict_proba(_matrix(features)[:, known])
         return out
 
 
@@ -262,24 +285,22 @@ def score_rows(evaluation: Evaluation) -> Iterator[dict[str, object]]:
                 yield {"model": model.name, "split": "validation", "score": name, "value": value}
 
 
-def prediction_rows(
+def prediction_blocks(
     evaluation: Evaluation, classes: tuple[str, ...]
 ) -> Iterator[dict[str, object]]:
-    """Rows of `predictions.parquet`, without the run's columns."""
+    """Blocks of `predictions.parquet`, by column, without the run's columns."""
+    names = np.array(classes)
 
-    def rows(index: Ints, y: Ints, p: Floats, **fixed: object) -> Iterator[dict[str, object]]:
-        for i, row in enumerate(index):
-            probabilities = {f"p{c}": float(value) for c, value in enumerate(p[i])}
-            label = classes[y[i]]
-            yield {**fixed, "row": int(row), "y": int(y[i]), "label": label, **probabilities}
+    def block(index: Ints, y: Ints, p: Floats, **fixed: object) -> dict[str, object]:
+        probabilities = {f"p{c}": p[:, c] for c in range(p.shape[1])}
+        return {**fixed, "row": index, "y": y, "label": names[y], **probabilities}
 
     for fold, (index, y, p) in enumerate(evaluation.out_of_fold):
-        yield from rows(index, y, p, model="tuned", split="out-of-fold", fold=fold)
+        yield block(index, y, p, model="tuned", split="out-of-fold", fold=fold)
+    index, y = evaluation.rows, evaluation.y
     for model in evaluation.models:
         mean = model.probabilities.mean(axis=0)
-        yield from rows(evaluation.rows, evaluation.y, mean, model=model.name, split="test")
+        yield block(index, y, mean, model=model.name, split="test")
         if len(model.probabilities) > 1:
             for seed, p in enumerate(model.probabilities):
-                yield from rows(
-                    evaluation.rows, evaluation.y, p, model=model.name, split="test", seed=seed
-                )
+                yield block(index, y, p, model=model.name, split="test", seed=seed)

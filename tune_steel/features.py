@@ -120,6 +120,9 @@ def learn_schema(frame: pd.DataFrame, features: Sequence[str]) -> tuple[Schema, 
         ):
             raise DataError(f"column {name} holds dates; turn it into numbers or drop it")
         else:
+            if column.nunique() == len(column):
+                notes.append(f"column {name} names every row differently and was dropped")
+                continue
             counts = pd.Series(_as_text(column)).value_counts()
             counts = counts.sort_index().sort_values(ascending=False, kind="stable")
             if len(counts) > _MOST_CATEGORIES:

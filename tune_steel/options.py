@@ -12,6 +12,7 @@ from tune_steel.splits import check_split
 from tune_steel.tasks import STEEL_TASKS
 
 _MOST_FOLDS = 20
+_LEAST_SHARE = 0.01
 
 
 def default_grace_period(max_epochs: int) -> int:
@@ -72,6 +73,8 @@ class Options:
             )
         if self.target is not None and self.data is None and self.openml_id is None:
             raise OptionError("--target needs its table: add --data FILE or --openml-id N")
+        if own and self.source != "auto":
+            raise OptionError("--source is for the Steel Plates Faults table; leave it out")
         if self.data is not None and self.openml_id is not None:
             raise OptionError("--data and --openml-id are two tables; give one of them")
         self._at_least("--samples", self.samples, 1)
@@ -90,8 +93,19 @@ class Options:
                 f"--grace-period {self.grace_period}: allowed are 1 to --max-epochs "
                 f"({self.max_epochs})"
             )
-        if resources.cpus_per_trial <= 0 or resources.gpus_per_trial < 0:
-            raise OptionError("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
+        for name, amount in (
+            ("--cpus-per-trial", resources.cpus_per_trial),
+            ("--gpus-per-trial", resources.gpus_per_trial),
+        ):
+            part = _LEAST_SHARE <= amount <= 1
+            if not (
+                part
+                or (amount >= 1 and amount.is_integer())
+                or (amount == 0 and name == "--gpus-per-trial")
+            ):
+                raise OptionError(
+                    f"{name} {amount:g}: a whole number or a share from {_LEAST_SHARE} to 1"
+                )
         if self.split is not None:
             check_split(self.split)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,8 +59,12 @@ class FittedModel:
 
 
 def save_model(model: FittedModel, folder: Path) -> None:
-    """Writes `weights.safetensors`, `preprocessing.safetensors` and `model.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Makes a folder of `weights.safetensors`, `preprocessing.safetensors` and `model.json`.
+
+    The folder appears when all three are written.
+    """
+    place, folder = folder, folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True)
     weights = {name: t.contiguous().cpu() for name, t in model.network.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
     arrays = {"median": model.preprocessing.median, **model.preprocessing.state}
@@ -78,6 +83,7 @@ def save_model(model: FittedModel, folder: Path) -> None:
     }
     text = json.dumps(description, indent=1) + "\n"
     (folder / "model.json").write_text(text, encoding="utf-8")
+    folder.replace(place)
 
 
 def load_model(folder: Path) -> FittedModel:

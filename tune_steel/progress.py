@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tune_steel.ray_environment  # noqa: F401
+
 import sys
 import time
 from typing import Any
@@ -10,6 +12,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from tune_steel.searcher import StudySearcher
+from tune_steel.terminal import write
 
 
 class ProgressLine(Callback):
@@ -50,8 +53,10 @@ class ProgressLine(Callback):
             f"running {states.count('RUNNING')}",
         ]
         if best is not None:
-            parts.append(f"best val_loss {best.epochs[-1]['best_val_loss']:.4f} (#{best.number})")
+            parts.append(
+                f"lowest val_loss {best.epochs[-1]['best_val_loss']:.4f} (#{best.number})"
+            )
         parts.append(f"{seconds // 60}:{seconds % 60:02d}")
         line = "  ".join(parts)
         # Erase to the end of the line, because the new one may be shorter.
-        print(f"\r{line}\x1b[K" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+        write(sys.stderr, (f"\r{line}\x1b[K" if self._terminal else line) + end)

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import tune_steel.ray_environment  # noqa: F401
+
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-# Read when Ray is imported. Ray's own tables, loggers and error prints are off, because the
-# progress line and our tables say it; its memory monitor aborts a whole search when it kills one
-# worker; a trial may take a minute to wind up before its worker is used again.
-os.environ.update(
-    RAY_AIR_NEW_OUTPUT="0",
-    RAY_DEDUP_LOGS="0",
-    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-    TUNE_PRINT_ALL_TRIAL_ERRORS="0",
-    TUNE_FUNCTION_THREAD_TIMEOUT_S="60",
-    # Tune's snapshots are not used: the study's journal is the source of truth.
-    TUNE_GLOBAL_CHECKPOINT_S="1000000000",
-    RAY_memory_monitor_refresh_ms="0",
-    RAY_CHDIR_TO_TRIAL_DIR="0",
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-)
-if (Path.home() / ".ray" / "auth_token").exists():
-    # A head that is started where this file exists asks for its token; a driver that is given an
-    # address does not send it by itself (Ray 2.60). Who starts a head with RAY_AUTH_MODE=disabled
-    # has to say the same here.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import tune

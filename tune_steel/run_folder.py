@@ -150,19 +150,25 @@ class RunFolder:
             "epochs": len(epochs),
         }
 
+    def write_report(self, text: str) -> None:
+        """Writes `report.txt`, what the run ends with on the terminal."""
+        (self.path / "report.txt").write_text(text, encoding="utf-8")
+
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Writes `predictions.parquet`, `scores.parquet` and `model/`."""
-        from tune_steel.evaluate import prediction_rows, score_rows
+        from tune_steel.evaluate import prediction_blocks, score_rows
         from tune_steel.predict import save_model
 
         classes = self._problem.task.classes
-        predictions = (self._columns | row for row in prediction_rows(evaluation, classes))
-        tables.write_table(
-            self.path / "predictions.parquet", predictions, tables.predictions_schema(len(classes))
-        )
         scores = (self._columns | row for row in score_rows(evaluation))
         tables.write_table(self.path / "scores.parquet", scores, tables.scores_schema())
         save_model(evaluation.model, self.path / "model")
+        tables.write_blocks(
+            self.path / "predictions.parquet",
+            prediction_blocks(evaluation, classes),
+            tables.predictions_schema(len(classes)),
+            **self._columns,
+        )
         low, high = evaluation.confusion_interval
         self.record["test"] = {
             "rows": len(evaluation.y),

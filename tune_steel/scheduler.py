@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tune_steel.ray_environment  # noqa: F401
+
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
-from tune_steel.errors import SearchFailedError, TuneSteelError
+from tune_steel.errors import NonFiniteLossError, SearchFailedError, TuneSteelError
+from tune_steel.terminal import say, show
 
 if TYPE_CHECKING:
     from tune_steel.options import Options
@@ -42,7 +44,7 @@ def run_search(options: Options) -> int:
 
     problem = resolve(options)
     for note in problem.notes:
-        _say(note)
+        say(note)
     if options.dry_run:
         _dry_run(options, problem)
         return 0
@@ -55,18 +57,15 @@ def run_search(options: Options) -> int:
             raise
         _announce(options, problem, folder)
         folder.write_record(concurrency=concurrency)
-        # Of the problem, the search gets what it may see.
-        records = _search(options, problem.space, problem.development, folder, concurrency)
-    finished = _ended(records) >= options.samples
-    best = choose(records, options)
-    if best is None:
-        return _nothing_to_score(records, folder)
-    _evaluate(options, problem, folder, records, best)
-    folder.write_record(state="finished" if finished else "cut short")
-    print(f"\nresults: {folder.path}")
-    if not finished:
-        _say(f"cut short: {_ended(records)} of {options.samples} trials ended")
-    return 0 if finished else EXIT_CUT_SHORT
+        try:
+            # Of the problem, the search gets what it may see.
+            records = _search(options, problem.space, problem.development, folder, concurrency)
+            stack.close()  # Ray's processes end before the retraining begins
+            return _finish(options, problem, folder, records)
+        except BaseException as error:
+            state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
+            folder.write_record(state=state, error=f"{type(error).__name__}: {error}")
+            raise
 
 
 def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
@@ -120,66 +119,81 @@ def _ended(records: list[TrialRecord]) -> int:
     return sum(record.state != "INTERRUPTED" for record in records)
 
 
-def _nothing_to_score(records: list[TrialRecord], folder: RunFolder) -> int:
+def _finish(
+    options: Options, problem: Problem, folder: RunFolder, records: list[TrialRecord]
+) -> int:
+    """Evaluates the best trial, writes everything, then prints it; returns the exit code."""
+    from tune_steel.evaluate import SEEDS, evaluate
+    from tune_steel.fit import prepare_process
+    from tune_steel.summary import evaluation_summary, render, search_summary
+
+    finished = _ended(records) >= options.samples
+    best = choose(records, options)
+    if best is None:
+        return _nothing_to_score(records, folder, finished=finished)
+    assert best.best is not None
+    say(
+        f"retraining: {SEEDS} seeds of trial {best.number} for {best.best['epoch']} epochs, the "
+        "default config, and boosting; then one look at the test rows"
+    )
+    started = time.monotonic()
+    # As many threads as a trial had, so that the best trial's curve comes out bit for bit.
+    prepare_process(options.resources.threads)
+    try:
+        evaluation = evaluate(
+            best,
+            next((record for record in records if record.number == 0), None),
+            problem.development,
+            problem.sealed,
+            options.seed,
+            problem.table.source,
+            "cuda" if options.resources.gpus_per_trial > 0 and options.address is None else "cpu",
+        )
+    except NonFiniteLossError as error:
+        raise SearchFailedError(f"the best trial cannot be retrained: {error}") from error
+    folder.write_evaluation(evaluation)
+    folder.write_record(
+        best_trial=best.number,
+        evaluate_seconds=time.monotonic() - started,
+        state="finished" if finished else "cut short",
+    )
+    report = (
+        search_summary(records, best),
+        *evaluation_summary(evaluation, problem.task.classes),
+    )
+    folder.write_report(render(*report, terminal=False))
+    show(render(*report, terminal=sys.stdout.isatty()))
+    show(f"\nresults: {folder.path}\n")
+    _warn_of_stand_in(problem)
+    if not finished:
+        say(f"cut short: {_ended(records)} of {options.samples} trials ended")
+    return 0 if finished else EXIT_CUT_SHORT
+
+
+def _nothing_to_score(records: list[TrialRecord], folder: RunFolder, *, finished: bool) -> int:
     """Says why there is no best trial."""
     failures = [record for record in records if record.state == "FAIL"]
-    if not failures:
+    why = f"; {len(failures)} failed, the first one with {failures[0].error}" if failures else ""
+    if not finished:
         folder.write_record(state="cut short")
-        _say(f"cut short before any trial ended; nothing to score; results: {folder.path}")
+        say(f"cut short before any trial could be scored{why}; results: {folder.path}")
         return EXIT_CUT_SHORT
-    folder.write_record(state="failed")
     raise SearchFailedError(
         f"every trial failed ({len(failures)}); the first one with {failures[0].error}; "
         f"all of them: {folder.path / 'trials.parquet'}"
     )
 
 
-def _evaluate(
-    options: Options,
-    problem: Problem,
-    folder: RunFolder,
-    records: list[TrialRecord],
-    best: TrialRecord,
-) -> None:
-    """Retrains, opens the test rows, writes and prints."""
-    from tune_steel.evaluate import SEEDS, evaluate
-    from tune_steel.fit import prepare_process
-    from tune_steel.summary import make_console, print_evaluation, print_search
-
-    console = make_console()
-    print_search(console, records, best)
-    started = time.monotonic()
-    assert best.best is not None
-    _say(
-        f"retraining: {SEEDS} seeds of trial {best.number} for {best.best['epoch']} epochs, the "
-        "default config, and boosting; then one look at the test rows"
-    )
-    # As many threads as a trial had, so that the best trial's curve comes out bit for bit.
-    prepare_process(options.resources.threads)
-    evaluation = evaluate(
-        best,
-        next((r for r in records if r.number == 0 and r.state == "COMPLETE"), None),
-        problem.development,
-        problem.sealed,
-        options.seed,
-        problem.table.source,
-        "cuda" if options.resources.gpus_per_trial > 0 and options.address is None else "cpu",
-    )
-    folder.write_evaluation(evaluation)
-    folder.write_record(best_trial=best.number, evaluate_seconds=time.monotonic() - started)
-    print_evaluation(console, evaluation, problem.task.classes)
-    _warn_of_stand_in(problem)
-
-
 def _announce(options: Options, problem: Problem, folder: RunFolder) -> None:
-    splits = problem.splits
-    _say(
+    splits, schema = problem.splits, problem.development.schema
+    columns = len(schema.numeric) + len(schema.categorical)
+    say(
         f"{problem.task.name}: {len(problem.task.y)} rows ({problem.table.source}), "
-        f"{len(problem.task.classes)} classes, {len(problem.task.features)} features; "
+        f"{len(problem.task.classes)} classes, {columns} features; "
         f"{len(splits.development)} rows to search on, {len(splits.test)} test rows kept apart"
     )
     replicas = f"{options.folds} folds" if options.folds > 1 else "one validation split"
-    _say(
+    say(
         f"{options.samples} trials of at most {options.max_epochs} epochs, {replicas}, "
         f"space {problem.space.name}, seed {options.seed}; results in {folder.path}"
     )
@@ -188,7 +202,7 @@ def _announce(options: Options, problem: Problem, folder: RunFolder) -> None:
 
 def _warn_of_stand_in(problem: Problem) -> None:
     if problem.table.source == "stand-in":
-        _say("STAND-IN data: these scores say nothing about real steel plates")
+        say("STAND-IN data: these scores say nothing about real steel plates")
 
 
 def _dry_run(options: Options, problem: Problem) -> None:
@@ -201,32 +215,27 @@ def _dry_run(options: Options, problem: Problem) -> None:
 
     splits, task = problem.splits, problem.task
     stops = rungs(options.max_epochs, options.grace_period, options.reduction_factor)
-    print(f"data: {problem.table.source}, {len(problem.table.frame)} rows")
-    print(f"task: {task.name}; classes: {', '.join(task.classes)}")
-    print(
-        f"splits: train {len(splits.train)}, val {len(splits.val)}, test {len(splits.test)} "
-        f"(test hash {split_hash(task.rows[splits.test])[:12]}); folds: "
-        + ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
-    )
-    print(
-        f"ASHA may stop trials after epochs {', '.join(map(str, stops))} of {options.max_epochs}"
-    )
-    print(f"space {problem.space.name}:")
-    for key, value in sorted(problem.space.as_dict().items()):
-        print(f"  {key} = {json.dumps(value)}")
+    folds = ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=make_sampler(options.seed))
     study.enqueue_trial(problem.space.defaults())
-    print("first configs:")
-    for _ in range(min(_FIRST_CONFIGS, options.samples)):
-        _, record = ask(study, problem.space, options.seed)
-        print(f"  {record.number}: {json.dumps(record.params)}")
+    first = [
+        ask(study, problem.space, options.seed)[1]
+        for _ in range(min(_FIRST_CONFIGS, options.samples))
+    ]
+    lines = [
+        f"data: {problem.table.source}, {len(problem.table.frame)} rows",
+        f"task: {task.name}; classes: {', '.join(task.classes)}",
+        f"splits: train {len(splits.train)}, val {len(splits.val)}, test {len(splits.test)} "
+        f"(test hash {split_hash(task.rows[splits.test])[:12]}); folds: {folds}",
+        f"ASHA may stop trials after epochs {', '.join(map(str, stops))} of {options.max_epochs}",
+        f"space {problem.space.name}:",
+        *(f"  {key} = {json.dumps(v)}" for key, v in sorted(problem.space.as_dict().items())),
+        "first configs:",
+        *(f"  {record.number}: {json.dumps(record.params)}" for record in first),
+    ]
+    show("\n".join(lines) + "\n")
     _warn_of_stand_in(problem)
-
-
-def _say(text: str) -> None:
-    """Prints one line on stderr; a library's message inside it may have had more."""
-    print(f"tune_steel: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -329,17 +338,21 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except TuneSteelError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         code = EXIT_USAGE
     except TyperException as error:
-        _say(f"error: {error.format_message()}")
+        say(f"error: {error.format_message()}")
         code = EXIT_USAGE
     except SearchFailedError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         code = 1
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted")
+        say("interrupted")
         code = EXIT_CUT_SHORT
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # or the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

@@ -6,6 +6,8 @@ trial with a NaN running for ever; this one tells PRUNED and FAIL, and keeps eve
 
 from __future__ import annotations
 
+import tune_steel.ray_environment  # noqa: F401
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from tune_steel.config import TrialConfig
+from tune_steel.errors import SpaceError
 from tune_steel.scheduler import METRIC
 from tune_steel.seeds import derive
 from tune_steel.space import Params, Space
@@ -92,7 +95,12 @@ def ask(study: optuna.Study, space: Space, seed: int) -> tuple[optuna.Trial, Tri
     trial = study.ask()
     params = space.suggest(trial)
     trial_seed = derive(seed, "trial", trial.number)
-    return trial, TrialRecord(trial.number, trial_seed, params, space.config(params))
+    try:
+        config = space.config(params)
+    except SpaceError:
+        study.tell(trial, state=TrialState.FAIL)  # before the mistake ends the search
+        raise
+    return trial, TrialRecord(trial.number, trial_seed, params, config)
 
 
 class StudySearcher(Searcher):
@@ -230,4 +238,5 @@ def _reason(trial: Trial) -> str:
         return f"the trial failed; its error cannot be read ({unreadable})"
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import random
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ Params: TypeAlias = dict[str, Value]
 """Sampled parameters by dotted key, only the active ones: `{"optimizer.lr": 0.001}`."""
 
 _KINDS = ("choices", "int", "float")
+_MOST_INTEGERS = 100
+_RANDOM_CONFIGS = 200
 _LEAF_KEYS = (*_KINDS, "log", "default", "when")
 
 
@@ -77,6 +81,16 @@ class Leaf:
             return False
         low, high = self.values
         return (self.kind == "float" or isinstance(value, int)) and low <= value <= high  # type: ignore[operator]
+
+    def examples(self) -> tuple[Value, ...]:
+        """Every value of choices and of short integer ranges, else both ends and a middle."""
+        if self.kind == "choices":
+            return self.values
+        low, high = (float(v) for v in self.values)
+        if self.kind == "int":
+            steps = min(int(high - low), _MOST_INTEGERS)
+            return tuple(sorted({int(low + (high - low) * i / steps) for i in range(steps + 1)}))
+        return low, low + (high - low) / math.pi, high
 
     def describe(self) -> str:
         """The range in words, for messages and `--dry-run`."""
@@ -197,7 +211,7 @@ def load_space(path: Path) -> Space:
 
 
 def parse_space(tree: Mapping[str, Any], name: str) -> Space:
-    """Builds a space from parsed TOML and proves that whatever it samples is a valid config.
+    """Builds a space from parsed TOML and tries that what it samples is a valid config.
 
     Raises:
         SpaceError: One line that names the key and what is allowed.
@@ -208,7 +222,7 @@ def parse_space(tree: Mapping[str, Any], name: str) -> Space:
     for path in [*fixed, *(leaf.path for leaf in leaves)]:
         _check_known(path, name)
     space = Space(name, fixed, _parents_first(leaves, fixed, name))
-    _check_every_end(space)
+    _check_samples(space)
     return space
 
 
@@ -343,8 +357,8 @@ def _check_known(path: tuple[str, ...], name: str) -> None:
         model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _check_every_end(space: Space) -> None:
-    """Validates the default config, and it again with each leaf at each end of its range."""
+def _check_samples(space: Space) -> None:
+    """Validates the default config, every leaf at every value it may take, and random configs."""
     space.config(space.defaults())
     by_key = {leaf.key: leaf for leaf in space.leaves}
 
@@ -357,7 +371,7 @@ def _check_every_end(space: Space) -> None:
         return out
 
     for leaf in space.leaves:
-        for value in leaf.values:
+        for value in leaf.examples():
             forced = {**needed(leaf), leaf.key: value}
 
             def choose(other: Leaf, forced: Params = forced) -> Value:
@@ -367,6 +381,9 @@ def _check_every_end(space: Space) -> None:
             if leaf.key not in params:
                 raise SpaceError(f"{space.name}: {leaf.key}: its when is never true")
             space.config(params)
+    rng = random.Random(0)
+    for _ in range(_RANDOM_CONFIGS):
+        space.config(space.sample(lambda leaf: rng.choice(leaf.examples())))
 
 
 def _first_line(error: ValidationError) -> str:

@@ -45,7 +45,7 @@ def split_hash(rows: Ints) -> str:
 
 def check_split(split: Sequence[float]) -> None:
     """Raises OptionError unless three positive shares sum to 1."""
-    if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
+    if len(split) != 3 or not min(split) > 0 or not abs(sum(split) - 1) <= 1e-6:
         raise OptionError(
             f"--split {' '.join(f'{s:g}' for s in split)}: three shares above 0 that sum to 1 "
             f"(train, validation, test); these sum to {sum(split):g}"
@@ -99,8 +99,8 @@ def freeze(task: Task, *, seed: int, split: Sequence[float], folds: int) -> Spli
 def _too_rare(task: Task, counts: Ints, rarest: int, what: str) -> DataError:
     return DataError(
         f"class {task.classes[rarest]!r} has {counts[rarest]} rows, too few for the {what}: every "
-        "split and fold needs at least one; merge or remove the class, change --split, or use "
-        "--folds 1"
+        "split and fold needs at least one; merge or remove the class, change --split, or take "
+        "fewer folds"
     )
 
 

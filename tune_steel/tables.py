@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,52 @@ def write_table(path: Path, rows: Iterable[Row], schema: pa.Schema) -> None:
     if unknown:
         raise ValueError(f"{path.name} has no column {', '.join(sorted(unknown))}")
     table = pa.Table.from_pylist(rows, schema=schema)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _renamed(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_blocks(
+    path: Path, blocks: Iterable[Mapping[str, Any]], schema: pa.Schema, **fixed: str
+) -> None:
+    """Writes blocks of columns as Parquet, one in memory at a time, whole or not at all.
+
+    Args:
+        path: Where to; replaced when there is one.
+        blocks: Column name to an array, or to one value for all rows of the block; each block
+            has at least one array.
+        schema: Fixes names, order and types; a column that a block lacks is null.
+        fixed: Columns that are the same in every block.
+    """
+
+    def columns(block: Mapping[str, Any]) -> pa.Table:
+        given = {**fixed, **block}
+        rows = next(len(v) for v in block.values() if hasattr(v, "__len__") and type(v) is not str)
+        return pa.table(
+            {
+                name: given[name]
+                if hasattr(given.get(name), "dtype")
+                else pa.repeat(pa.scalar(given.get(name), schema.field(name).type), rows)
+                for name in schema.names
+            }
+        ).cast(schema)
+
+    with _renamed(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for block in blocks:
+            writer.write_table(columns(block))
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes JSON, whole or not at all."""
+    with _renamed(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary file that takes its place when all of it is written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

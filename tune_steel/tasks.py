@@ -79,6 +79,11 @@ def own_task(table: Table, target: str | None) -> Task:
             f"--target {target}: no such column in {table.name}; "
             f"its columns: {shorten([str(c) for c in frame.columns])}"
         )
+    if {*FLAGS, "Class"} <= set(frame.columns) and target == "Class":
+        raise DataError(
+            f"{table.name} is the Steel Plates Faults table, where V28..V33 are the label; "
+            f"use --task {'|'.join(STEEL_TASKS)}, or drop those six"
+        )
     labels = frame[target]
     gaps = int(labels.isna().sum())
     if gaps:
