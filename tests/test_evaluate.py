@@ -13,7 +13,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from tune_steel.data import Table, load_steel
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.evaluate import SEEDS, Boosting, evaluate, retrain
-from tune_steel.fit import Fit, prepare_process
+from tune_steel.fit import Fit
 from tune_steel.options import Options, Resources
 from tune_steel.scores import score
 from tune_steel.search import choose
@@ -24,10 +24,7 @@ from tune_steel.splits import Development, SealedTest, freeze, prepare
 from tune_steel.tasks import steel_task
 from tune_steel.trainable import replica_seeds, report_row
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    prepare_process(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

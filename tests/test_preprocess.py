@@ -22,12 +22,7 @@ SCALINGS = ("standard", "robust", "quantile")
 CLIP = norm.ppf(1 - 1e-7)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numeric_features(numeric):

@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -53,6 +55,40 @@ def test_pandas_duckdb_and_polars_read_the_same(tmp_path: Path) -> None:
     assert pl.read_parquet(path)["fold_val_loss"].to_list() == [[0.5, 0.0], [0.5, 1.0], [0.5, 2.0]]
     query = f"select trial, val_loss, fold_val_loss[2] from '{path}' order by trial"
     assert duckdb.sql(query).fetchall() == [(0, 0.0, 0.0), (1, 0.25, 1.0), (2, 0.5, 2.0)]
+
+
+def test_blocks_are_written_one_after_the_other_with_nulls_for_what_they_lack(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "predictions.parquet"
+    schema = tables.predictions_schema(2)
+
+    def block(rows: list[int], **fixed: object) -> dict[str, object]:
+        index = np.array(rows)
+        p = index / 10
+        return {**fixed, "row": index, "y": index % 2, "label": np.array(["a"] * 2), "p1": p}
+
+    blocks = [block([4, 2], model="tuned", fold=1), block([7, 8], model="boosting", seed=3)]
+    tables.write_blocks(path, blocks, schema, run="r", data_source="file")
+    assert pq.read_schema(path).equals(schema)
+    frame = pd.read_parquet(path)
+    assert frame["row"].tolist() == [4, 2, 7, 8]
+    assert frame["p1"].tolist() == [0.4, 0.2, 0.7, 0.8]
+    assert frame["model"].tolist() == ["tuned", "tuned", "boosting", "boosting"]
+    assert frame["run"].tolist() == ["r"] * 4
+    assert frame["fold"].isna().tolist() == [False, False, True, True]
+    assert frame["seed"].tolist()[2:] == [3, 3]
+    assert frame["p0"].isna().all()
+
+
+def test_blocks_that_break_off_leave_no_file(tmp_path: Path) -> None:
+    def blocks() -> Iterator[dict[str, object]]:
+        yield {"row": np.array([1])}
+        raise RuntimeError("broke off")
+
+    with pytest.raises(RuntimeError, match="broke off"):
+        tables.write_blocks(tmp_path / "p.parquet", blocks(), tables.predictions_schema(2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_with_an_unknown_column_is_refused_and_the_old_file_stays(tmp_path: Path) -> None:

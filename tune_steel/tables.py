@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -166,15 +167,13 @@ def write_blocks(
 
     def columns(block: Mapping[str, Any]) -> pa.Table:
         given = {**fixed, **block}
-        rows = next(len(v) for v in block.values() if hasattr(v, "__len__") and type(v) is not str)
-        return pa.table(
-            {
-                name: given[name]
-                if hasattr(given.get(name), "dtype")
-                else pa.repeat(pa.scalar(given.get(name), schema.field(name).type), rows)
-                for name in schema.names
-            }
-        ).cast(schema)
+        rows = next(len(value) for value in block.values() if isinstance(value, np.ndarray))
+        whole = {}
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            value = given.get(name)
+            array = isinstance(value, np.ndarray)
+            whole[name] = value if array else pa.repeat(pa.scalar(value, kind), rows)
+        return pa.table(whole).cast(schema)
 
     with _renamed(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for block in blocks:
