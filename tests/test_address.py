@@ -38,7 +38,13 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
         (home / ".ray").mkdir()
         (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
     # Unix sockets need a short path.
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ts") as scratch:
+    log = tmp_path / "head.log"
+    with (
+        tempfile.TemporaryDirectory(
+            dir="/tmp", prefix="ts", ignore_cleanup_errors=True
+        ) as scratch,
+        log.open("wb") as output,
+    ):
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
@@ -52,12 +58,12 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
                 "RAY_AUTH_MODE": "token" if request.param == "token" else "disabled",
                 **environment,
             },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            _wait_for(port, process)
+            _wait_for(log, process)
             yield f"127.0.0.2:{port}", environment
         finally:
             # With the head go its raylet, its store and its workers: they are in its session, or
@@ -66,17 +72,13 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
             process.wait()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the head ended"
-        try:
-            socket.create_connection(("127.0.0.2", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise AssertionError("the head does not listen")
+def _wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
+    """The port is open before the node is registered; only the log says that all is up."""
+    deadline = time.monotonic() + 90
+    while "Ray runtime started" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
 
 
 def test_a_search_runs_on_a_head_that_was_started_by_hand(
