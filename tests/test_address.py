@@ -26,8 +26,12 @@ def _free_port() -> int:
 
 # A head that asks for its user's token, one that was told not to, and one where there is none.
 @pytest.fixture(params=["token", "disabled", "no token"])
-def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def head(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray head of one node with 2 CPUs: its address, and the environment of its user."""
+    # Other tests import Ray in this process, with the settings of the person who runs them.
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     port = _free_port()
     home = tmp_path / "home"
     home.mkdir()
