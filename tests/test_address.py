@@ -85,6 +85,22 @@ def _wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
+def test_a_token_that_is_asked_for_and_not_there_is_one_line(
+    command: Command, space_file: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = command(
+            *("--task", "binary", "--source", "stand-in", "--space", space_file),
+            *("--address", address),
+            HOME=str(tmp_path),
+            RAY_AUTH_MODE="token",
+        )
+    assert done.returncode == 2, done.stderr
+    assert "no Ray cluster can be joined there" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_a_search_runs_on_a_head_that_was_started_by_hand(
     head: tuple[str, dict[str, str]], command: Command, space_file: Path, tmp_path: Path
 ) -> None:

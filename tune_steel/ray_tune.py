@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import AuthenticationError
 
 from tune_steel.errors import OptionError
 from tune_steel.options import Resources
@@ -37,7 +38,7 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[int]:
         try:
             _knock(address)
             ray.init(address=address, **quiet)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OptionError(
                 f"--address {address}: no Ray cluster can be joined there ({reason}); start one "
