@@ -15,6 +15,8 @@ os.environ.update(
     # Tune's snapshots are not used: the study's journal is the source of truth.
     TUNE_GLOBAL_CHECKPOINT_S="1000000000",
     RAY_memory_monitor_refresh_ms="0",
+    # Ctrl-C and SIGTERM are ours: Tune would end without a word and with exit code 0.
+    TUNE_DISABLE_SIGINT_HANDLER="1",
     RAY_CHDIR_TO_TRIAL_DIR="0",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",

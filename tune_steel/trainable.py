@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ from ray import tune
 
 from tune_steel.config import TrialConfig
 from tune_steel.fit import EpochRecord, Fit, prepare_process
+from tune_steel.limits import limit_memory, watched
 from tune_steel.seeds import derive
 from tune_steel.splits import Development
 
@@ -36,25 +38,38 @@ def report_row(record: EpochRecord) -> dict[str, Any]:
 
 
 def train_trial(
-    trial: dict[str, Any], development: Development, max_epochs: int, threads: int, device: str
+    trial: dict[str, Any],
+    development: Development,
+    max_epochs: int,
+    threads: int,
+    device: str,
+    memory: int | None,
+    epoch_timeout: float,
 ) -> None:
     """Trains one trial and reports every epoch; a non-finite loss raises.
 
     Args:
-        trial: `number`, `seed` and `config` of the trial, as the searcher gave them.
+        trial: `number`, `slot`, `seed` and `config` of the trial, as the searcher gave them.
         development: The development rows, shared by all trials of a node.
         max_epochs: The most epochs.
         threads: Threads of torch.
         device: `cpu` or `cuda`.
+        memory: Bytes that the trial may allocate, if there is a limit.
+        epoch_timeout: Seconds that an epoch may take before the worker is given up.
     """
     prepare_process(threads)
-    fit = Fit(
-        TrialConfig.model_validate(trial["config"]),
-        development,
-        development.folds,
-        replica_seeds(trial["seed"], len(development.folds)),
-        device,
-    )
+    limit_memory(memory)
+
+    def epochs() -> Iterator[EpochRecord]:
+        fit = Fit(
+            TrialConfig.model_validate(trial["config"]),
+            development,
+            development.folds,
+            replica_seeds(trial["seed"], len(development.folds)),
+            device,
+        )
+        yield from fit.epochs(max_epochs)
+
     node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    for record in fit.epochs(max_epochs):
+    for record in watched(epochs(), epoch_timeout):
         tune.report({**report_row(record), "node": node})
