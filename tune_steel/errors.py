@@ -20,9 +20,13 @@ class OptionError(TuneSteelError):
     """A command-line option with an impossible value."""
 
 
+class RunError(TuneSteelError):
+    """A run's folder that cannot be gone on with."""
+
+
 class NonFiniteLossError(RuntimeError):
     """A training or validation loss is NaN or infinite; it fails the trial, not the search."""
 
 
 class SearchFailedError(RuntimeError):
-    """Every trial failed; the command line says why and exits with 1."""
+    """The search cannot go on, or every trial failed; the command line says why and exits 1."""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ray
 from ray import tune
 from ray.exceptions import AuthenticationError
 
-from tune_steel.errors import OptionError
+from tune_steel.budget import Stop
+from tune_steel.errors import OptionError, SearchFailedError
 from tune_steel.options import Resources
 from tune_steel.progress import ProgressLine
-from tune_steel.scheduler import make_scheduler
-from tune_steel.searcher import ErrorKeeper, StudySearcher
+from tune_steel.scheduler import KeepsReference
+from tune_steel.searcher import ErrorKeeper, StopWhenTold, StudySearcher
 from tune_steel.splits import Development
+from tune_steel.terminal import say
 from tune_steel.trainable import train_trial
 
 
@@ -83,16 +87,14 @@ def _concurrency(address: str | None, resources: Resources) -> int:
 
 def run_trials(
     searcher: StudySearcher,
+    scheduler: KeepsReference,
     development: Development,
     *,
-    samples: int,
     max_epochs: int,
-    grace_period: int,
-    reduction_factor: int,
     resources: Resources,
     concurrency: int,
 ) -> None:
-    """Runs the trials that the searcher asks for; returns early on Ctrl-C.
+    """Runs the trials that the searcher asks for, until it ends the search.
 
     Workers get the development rows and nothing else. Every trial of `searcher.records` has
     ended when this returns.
@@ -104,17 +106,19 @@ def run_trials(
             max_epochs=max_epochs,
             threads=resources.threads,
             device="cuda" if resources.gpus_per_trial > 0 else "cpu",
+            memory=resources.memory,
+            epoch_timeout=resources.epoch_timeout,
         ),
         {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
     )
-    progress = ProgressLine(searcher, samples)
-    with tempfile.TemporaryDirectory(prefix="tune_steel-") as scratch:
+    progress = ProgressLine(searcher)
+    with tempfile.TemporaryDirectory(prefix="tune_steel-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                num_samples=samples,
+                num_samples=-1,  # the searcher says when there are enough
                 search_alg=searcher,
-                scheduler=make_scheduler(max_epochs, grace_period, reduction_factor),
+                scheduler=scheduler,
                 max_concurrent_trials=concurrency,
                 reuse_actors=True,
             ),
@@ -122,12 +126,47 @@ def run_trials(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
+                stop=StopWhenTold(searcher.stop, check_ray),
                 callbacks=[ErrorKeeper(searcher), progress],
+                # Retries are the searcher's: Tune would try again what a trial itself raised.
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         try:
-            tuner.fit()
+            with signals_end(searcher.stop):
+                tuner.fit()
         finally:
             searcher.close()
             progress.close()
+
+
+def check_ray() -> None:
+    """Notices that a private Ray has died; Ray itself would end this process without a word.
+
+    Raises:
+        SearchFailedError: One of its processes is gone.
+    """
+    node = ray._private.worker._global_node
+    dead: list[str] = [kind for kind, _ in node.dead_processes()] if node is not None else []
+    if dead:
+        raise SearchFailedError(f"a process of Ray ended ({', '.join(dead)})")
+
+
+@contextmanager
+def signals_end(stop: Stop) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the search, the second one the process."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = name
+        stop.end(f"{name} came", now=True)
+        say(f"{name}: ending the search and scoring what there is; once more to stop at once")
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,32 +1,40 @@
-"""The Optuna study behind Ray Tune: ask for a config, report each epoch, tell how it ended.
+"""Ray Tune's searcher interface over the study: suggest a config, report, tell how a trial ended.
 
-Ray's own OptunaSearch tells every stopped trial as COMPLETE with its last value and leaves a
-trial with a NaN running for ever; this one tells PRUNED and FAIL, and keeps every epoch.
+Ray's own OptunaSearch tells every stopped trial as COMPLETE with its last value, leaves a trial
+with a NaN or at the end of a time budget running for ever, and cannot go on with its study after
+a kill; this one tells PRUNED and FAIL, keeps every epoch, and goes on.
 """
 
 from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
-import json
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from tune_steel.config import TrialConfig
-from tune_steel.errors import SpaceError
-from tune_steel.scheduler import METRIC
-from tune_steel.seeds import derive
-from tune_steel.space import Params, Space
+from tune_steel.budget import Budget, Stop
+from tune_steel.samplers import SearchName, grid
+from tune_steel.space import Space
+from tune_steel.study import (
+    ENDED,
+    METRIC,
+    TrialRecord,
+    ask,
+    enqueue_again,
+    read_records,
+    reclaim,
+    tell,
+)
 
 _EPOCH_KEYS = frozenset(
     [
@@ -36,105 +44,86 @@ _EPOCH_KEYS = frozenset(
 )
 
 
-@dataclass
-class TrialRecord:
-    """What is known of a trial, in plain values.
-
-    Attributes:
-        number: Its number in the study; 0 is the space's default.
-        seed: Its seed.
-        params: Its sampled parameters, the active ones.
-        config: Its whole config.
-        state: `RUNNING`, then `COMPLETE`, `PRUNED`, `FAIL` or `INTERRUPTED`.
-        epochs: The reported row of each epoch, in order.
-        error: What it raised.
-        seconds: Wall time in its worker.
-    """
-
-    number: int
-    seed: int
-    params: Params
-    config: TrialConfig
-    state: str = "RUNNING"
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    error: str | None = None
-    seconds: float = 0.0
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The row of the best epoch; None before the first epoch."""
-        return self.epochs[self.epochs[-1]["best_epoch"] - 1] if self.epochs else None
-
-
-def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
-    """TPE at Optuna 5's defaults: multivariate, running trials count as bad ones."""
-    return optuna.samplers.TPESampler(seed=derive(seed, "sampler"))
-
-
-def open_study(journal: Path, name: str, seed: int) -> optuna.Study:
-    """Opens or makes the study in a run's journal."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = JournalFileBackend(str(journal))
-    return optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name=name,
-        direction="minimize",
-        sampler=make_sampler(seed),
-        load_if_exists=True,
-    )
-
-
-def ask(study: optuna.Study, space: Space, seed: int) -> tuple[optuna.Trial, TrialRecord]:
-    """Samples the next trial of a study.
-
-    Args:
-        study: The study.
-        space: What to sample.
-        seed: Seed of the run; the trial's own is derived from it and the trial's number.
-    """
-    trial = study.ask()
-    params = space.suggest(trial)
-    trial_seed = derive(seed, "trial", trial.number)
-    try:
-        config = space.config(params)
-    except SpaceError:
-        study.tell(trial, state=TrialState.FAIL)  # before the mistake ends the search
-        raise
-    return trial, TrialRecord(trial.number, trial_seed, params, config)
-
-
 class StudySearcher(Searcher):
     """Ray Tune's searcher interface over an Optuna study.
 
     Attributes:
-        records: Every trial, in the order they were asked for.
+        records: Every trial that has begun, by number, those of an earlier process included.
+        stop: Whether and why the search ends.
+        samples: Trials that it ends with, at most.
+        ended: Trials that have ended and count.
+        queued: Trials of an earlier process whose configs are tried again.
+        background: Samples in a thread, so that a slow sampler does not keep the reports of
+            other trials waiting.
+        unwritable: Whether the journal could not be written.
     """
 
-    def __init__(self, space: Space, study: optuna.Study, seed: int, max_epochs: int) -> None:
-        """Puts the space's default first.
+    def __init__(
+        self,
+        space: Space,
+        study: optuna.Study,
+        *,
+        search: SearchName,
+        seed: int,
+        max_epochs: int,
+        budget: Budget,
+        max_failures: int = 0,
+    ) -> None:
+        """Takes over what the study holds.
 
         Args:
             space: What to sample.
             study: Where trials are kept.
+            search: How to sample.
             seed: Seed of the run.
             max_epochs: Epochs after which a trial is complete.
+            budget: When to end.
+            max_failures: How often a config is tried again when its worker dies.
+
+        Raises:
+            OptionError: A grid of an endless space.
         """
         super().__init__(metric=METRIC, mode="min")
         self._space = space
         self._study = study
+        self._search = search
         self._seed = seed
         self._max_epochs = max_epochs
+        self._max_failures = max_failures
+        self._grid = dict(enumerate(grid(space, seed))) if search == "grid" else None
+        self.samples = min(budget.samples, len(self._grid or range(budget.samples)))
+        self.stop = Stop(budget)
+        self.queued = reclaim(study, space)
+        self.records = read_records(study, space, seed)
+        self._order = sorted(
+            (r for r in self.records if r.state != "INTERRUPTED"), key=lambda r: r.ended or 0.0
+        )
+        self._earlier = len(self._order)
+        self.ended = sum(r.state in ENDED for r in self.records)
+        self._epochs = sum(len(r.epochs) for r in self.records)
         self._asked: dict[str, tuple[optuna.Trial, TrialRecord]] = {}
-        self.records: list[TrialRecord] = []
-        study.enqueue_trial(space.defaults())
+        self._running = 0
+        self.background = False
+        self._thread: ThreadPoolExecutor | None = None
+        self.unwritable = False
+        self._asking: Future[tuple[optuna.Trial, TrialRecord]] | None = None
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Samples the next trial: its number, its seed and its config."""
-        trial, record = ask(self._study, self._space, self._seed)
-        self._asked[trial_id] = (trial, record)
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial: its number, slot, seed and config; None while there is none yet."""
+        if self.stop.reason is not None or self.ended >= self.samples:
+            return Searcher.FINISHED
+        if self.ended + self._running >= self.samples:
+            return None  # should a worker die, its config is tried again
+        asked = self._guarded(self._ask)
+        if asked is None:
+            return None
+        self._asked[trial_id] = asked
+        record = asked[1]
         self.records.append(record)
+        self._running += 1
         return {
             "number": record.number,
+            "slot": record.slot,
             "seed": record.seed,
             "config": record.config.as_dict(),
         }
@@ -149,7 +138,7 @@ class StudySearcher(Searcher):
     ) -> None:
         """Tells the study how a trial ended.
 
-        Tune brings the result that a scheduler stops on only here. Of a trial that raised, the
+        Tune brings the result that a scheduler stops on only here. Of a trial that failed, the
         reason comes next, through `ErrorKeeper`.
         """
         trial, record = self._asked[trial_id]
@@ -162,16 +151,52 @@ class StudySearcher(Searcher):
         at_its_end = result["converged"] or result["epoch"] >= self._max_epochs
         self._end(trial, record, "COMPLETE" if at_its_end else "PRUNED")
 
-    def fail(self, trial_id: str, reason: str) -> None:
-        """Tells the study that a trial raised, and why."""
+    def fail(self, trial_id: str, reason: str, *, lost: bool) -> None:
+        """Tells the study that a trial failed, and why.
+
+        Args:
+            trial_id: Tune's name of the trial.
+            reason: What it raised, or what became of its worker.
+            lost: Whether its worker died, which is no fault of the config: it is tried again.
+        """
         trial, record = self._asked[trial_id]
-        self._end(trial, record, "FAIL", reason)
+        if record.state != "RUNNING":
+            return
+        tries = sum(r.slot == record.slot and r.state == "LOST" for r in self.records)
+        if lost and tries < self._max_failures:
+            self._guarded(
+                lambda: enqueue_again(self._study, record.number, record.slot, record.params)
+            )
+            self._end(trial, record, "LOST", reason)
+        else:
+            again = f" ({tries + 1} times)" if lost and tries else ""
+            self._end(trial, record, "FAIL", reason + again)
 
     def close(self) -> None:
         """Ends what is still running as INTERRUPTED: no trial stays RUNNING in the study."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        if self._asking is not None and self._asking.exception() is None:
+            trial, record = self._asking.result()
+            self._end(trial, record, "INTERRUPTED", "the search ended before it began")
         for trial, record in self._asked.values():
             if record.state == "RUNNING":
                 self._end(trial, record, "INTERRUPTED", "the search ended first")
+
+    def _ask(self) -> tuple[optuna.Trial, TrialRecord] | None:
+        def now() -> tuple[optuna.Trial, TrialRecord]:
+            return ask(self._study, self._space, self._search, self._seed, self._grid)
+
+        if not self.background:
+            return now()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1)
+        if self._asking is None:
+            self._asking = self._thread.submit(now)
+        if not self._asking.done():
+            return None
+        asking, self._asking = self._asking, None
+        return asking.result()
 
     def _keep(self, trial: optuna.Trial, record: TrialRecord, result: dict[str, Any]) -> None:
         epoch = result["epoch"]
@@ -180,38 +205,64 @@ class StudySearcher(Searcher):
         row = {k: v for k, v in result.items() if k in _EPOCH_KEYS or k.startswith("val_")}
         record.epochs.append(row)
         record.seconds = float(result["time_total_s"])
-        trial.report(result[METRIC], epoch)
+        self._epochs += 1
+        self._guarded(lambda: trial.report(result[METRIC], epoch))
+        self.stop.check_epochs(self._epochs)
 
     def _end(
         self, trial: optuna.Trial, record: TrialRecord, state: str, reason: str | None = None
     ) -> None:
-        record.state, record.error = state, reason
-        best = record.best
-        attributes = {
-            "seed": record.seed,
-            "config": record.config.as_dict(),
-            "seconds": record.seconds,
-            "best_epoch": best["epoch"] if best else None,
-            "node": best["node"] if best else None,
-            "error": reason,
-        }
-        for name, value in attributes.items():
-            trial.set_user_attr(name, value)
-        if state == "COMPLETE":
-            assert best is not None
-            self._study.tell(trial, best[METRIC])
-        else:
-            self._study.tell(
-                trial, state=TrialState.PRUNED if state == "PRUNED" else TrialState.FAIL
+        record.state, record.error, record.ended = state, reason, time.time()
+        self._running -= 1
+        self.ended += state in ENDED
+        self._guarded(lambda: tell(self._study, trial, record))
+        if state != "INTERRUPTED":
+            self._order.append(record)
+            self.stop.check_trials(self._order, self._earlier)
+
+    def _guarded(self, write: Callable[[], Any]) -> Any:
+        """Writes to the study, unless it could not be written before: then the search ends.
+
+        A line that was cut off is removed when the run is resumed, so nothing may follow it.
+        """
+        if self.unwritable:
+            return None
+        try:
+            return write()
+        except OSError as error:
+            self.unwritable = True
+            self.stop.end(
+                f"study.journal cannot be written ({error.strerror})",
+                now=True,
+                failed=True,
             )
+            return None
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the journal is the source of truth."""
-        Path(checkpoint_path).write_text(json.dumps({"trials": len(self.records)}))
+        Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
         """Tune's own restore is not used."""
         raise NotImplementedError
+
+
+class StopWhenTold(Stopper):
+    """Lets Tune end all trials when the search is to end at once."""
+
+    def __init__(self, stop: Stop, check: Callable[[], None]) -> None:
+        self._stop = stop
+        self._check = check
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped here."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked at every turn of Tune's loop, at most 0.1 s apart."""
+        self._check()
+        self._stop.check_time()
+        return self._stop.now
 
 
 class ErrorKeeper(Callback):
@@ -224,19 +275,21 @@ class ErrorKeeper(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Called by Tune after the searcher's `on_trial_complete(error=True)`."""
-        self._searcher.fail(trial.trial_id, _reason(trial))
+        reason, lost = _reason(trial)
+        self._searcher.fail(trial.trial_id, reason, lost=lost)
 
 
-def _reason(trial: Trial) -> str:
+def _reason(trial: Trial) -> tuple[str, bool]:
+    """What a trial failed with, and whether its worker or node died."""
     name = trial.run_metadata.pickled_error_filename
     if name is None or trial.local_path is None:
-        return "the trial failed and left no error"
+        return "the trial failed and left no error", True
     try:
         with (Path(trial.local_path) / name).open("rb") as file:
             error = cloudpickle.load(file)
     except Exception as unreadable:  # an exception of the trial that cannot be unpickled here
-        return f"the trial failed; its error cannot be read ({unreadable})"
+        return f"the trial failed; its error cannot be read ({unreadable})", False
     if isinstance(error, RayTaskError):
-        return f"{type(error.cause).__name__}: {error.cause}"
+        return f"{type(error.cause).__name__}: {error.cause}", False
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {first_line}", True

@@ -109,12 +109,18 @@ class Space:
 
     def sample(self, choose: Callable[[Leaf], Value]) -> Params:
         """Walks the active leaves, define-by-run, and asks `choose` for each one's value."""
-        known: dict[str, Value] = {".".join(path): value for path, value in self.fixed.items()}
         params: Params = {}
         for leaf in self.leaves:
-            if all(known.get(key) in allowed for key, allowed in leaf.when.items()):
-                params[leaf.key] = known[leaf.key] = choose(leaf)
+            if self.active(leaf, params):
+                params[leaf.key] = choose(leaf)
         return params
+
+    def active(self, leaf: Leaf, params: Params) -> bool:
+        """Whether a leaf's conditions hold, given the parameters before it."""
+        return all(
+            (params[key] if key in params else self.fixed.get(tuple(key.split(".")))) in allowed
+            for key, allowed in leaf.when.items()
+        )
 
     def suggest(self, trial: BaseTrial) -> Params:
         """Samples every active leaf through an Optuna trial."""

@@ -1,5 +1,6 @@
 """Lines for people. A terminal or pipe that has gone away never costs a result."""
 
+import os
 import sys
 from typing import TextIO
 
@@ -15,9 +16,10 @@ def show(text: str) -> None:
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Writes and flushes; does nothing where the reader is gone, as after `... | head`."""
+    """Writes and flushes; gives the stream up where the reader is gone or its disk is full."""
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:
-        pass
+    except OSError:
+        # What is left in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

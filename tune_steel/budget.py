@@ -1,0 +1,99 @@
+"""When a search ends: samples, time, epochs, no progress, too many failures, or a signal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tune_steel.study import TrialRecord
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a search may use; whichever comes first ends it.
+
+    Attributes:
+        samples: Trials that may end.
+        seconds: Wall time of the search.
+        epochs: Training epochs of all trials together.
+        stalled: Trials that may end one after the other without a lower loss.
+        give_up_after: Trials that may fail one after the other.
+    """
+
+    samples: int
+    seconds: float | None = None
+    epochs: int | None = None
+    stalled: int | None = None
+    give_up_after: int = 10
+
+
+class Stop:
+    """Whether and why a search ends.
+
+    Attributes:
+        reason: Why no trial is begun any more; None while the search goes on.
+        now: Whether running trials are ended too.
+        failed: Whether the reason is an error.
+        signal: The signal that ended it, if one did.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._started: float | None = None
+        self.reason: str | None = None
+        self.now = False
+        self.failed = False
+        self.signal: str | None = None
+
+    def end(self, reason: str, *, now: bool, failed: bool = False) -> None:
+        """Ends the search; of several reasons the first one is kept."""
+        self.now = self.now or now
+        self.failed = self.failed or failed
+        self.reason = self.reason or reason
+
+    def check_time(self) -> None:
+        """To be called every now and then; the first call starts the clock."""
+        now = time.monotonic()
+        self._started = self._started or now
+        most = self._budget.seconds
+        if most is not None and now - self._started >= most:
+            self.end(f"its time budget of {most:g} s is used up", now=True)
+
+    def check_epochs(self, epochs: int) -> None:
+        """To be called after every epoch with the epochs of all trials so far."""
+        most = self._budget.epochs
+        if most is not None and epochs >= most:
+            self.end(f"its budget of {most} epochs is used up", now=True)
+
+    def check_trials(self, ended: Sequence[TrialRecord], earlier: int) -> None:
+        """To be called after every trial.
+
+        Args:
+            ended: Those that have ended, in the order they did.
+            earlier: How many of them an earlier process ran; their failures are forgiven.
+        """
+        budget = self._budget
+        failures = _last_in_a_row(ended[earlier:])
+        if failures >= budget.give_up_after:
+            self.end(
+                f"{failures} trials in a row failed, the last one with {ended[-1].error}",
+                now=True,
+                failed=True,
+            )
+        if budget.stalled is not None:
+            scored = [r for r in ended if r.state in ("COMPLETE", "PRUNED")]
+            losses = [r.epochs[-1]["best_val_loss"] for r in scored]
+            if losses and len(losses) - 1 - losses.index(min(losses)) >= budget.stalled:
+                self.end(f"{budget.stalled} trials in a row found nothing better", now=False)
+
+
+def _last_in_a_row(ended: Sequence[TrialRecord]) -> int:
+    count = 0
+    for record in reversed(ended):
+        if record.state not in ("FAIL", "LOST"):
+            break
+        count += 1
+    return count
