@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from tune_steel.predict import load_model
 from tune_steel.scores import score
-from tune_steel.searcher import open_study
+from tune_steel.study import open_study
 
 pytestmark = pytest.mark.ray
 SMALL = ("--samples", 8, "--max-epochs", 7, "--grace-period", 1, "--folds", 3)
@@ -97,7 +97,7 @@ def test_trials_and_epochs_agree(finished: tuple[Path, str, str]) -> None:
 def test_the_study_tells_the_same_story_as_the_tables(finished: tuple[Path, str, str]) -> None:
     run, _, _ = finished
     trials = read(run, "trials")
-    study = open_study(run / "study.journal", run.name, seed=0)
+    study = open_study(run / "study.journal", run.name)
     assert [t.state.name for t in study.trials] == trials["state"].tolist()
     for trial, (_, row) in zip(study.trials, trials.iterrows(), strict=True):
         assert trial.last_step == row["epochs"]
@@ -132,7 +132,7 @@ def test_run_json_holds_what_it_takes_to_repeat_the_run(finished: tuple[Path, st
     record = json.loads((finished[0] / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["options"]["seed"] == 0
-    assert record["options"]["samples"] == 8
+    assert record["options"]["budget"]["samples"] == 8
     assert record["splits"]["rows"] == {"train": 1747, "val": 97, "test": 97}
     assert len(record["splits"]["test_rows"]) == len(set(record["splits"]["test_rows"])) == 97
     assert not set(record["splits"]["test_rows"]) & set(record["splits"]["val_rows"])
@@ -342,7 +342,7 @@ def test_trials_that_raise_are_recorded_and_the_search_goes_on(
     assert (failed["state"] == "FAIL").all()
     assert failed["error"].str.startswith("NonFiniteLossError: the training loss of epoch 1").all()
     assert set(trials.loc[trials["loss.pos_weight"] == 1, "state"]) <= {"COMPLETE", "PRUNED"}
-    study = open_study(run / "study.journal", run.name, seed=0)
+    study = open_study(run / "study.journal", run.name)
     states = [t.state for t in study.trials]
     assert states.count(TrialState.FAIL) == len(failed)
     assert TrialState.RUNNING not in states
@@ -399,7 +399,7 @@ def test_ctrl_c_writes_and_scores_what_is_finished_and_says_so(
     check_plain(err)
     assert json.loads((run / "run.json").read_text())["state"] == "cut short"
     assert len(read(run, "scores")) > 0
-    study = open_study(run / "study.journal", run.name, seed=0)
+    study = open_study(run / "study.journal", run.name)
     assert TrialState.RUNNING not in [t.state for t in study.trials]
 
 
@@ -407,7 +407,7 @@ def _ended(folder: Path) -> list[optuna.trial.FrozenTrial]:
     journals = list(folder.glob("results/*/study.journal"))
     if not journals:
         return []
-    study = open_study(journals[0], journals[0].parent.name, seed=0)
+    study = open_study(journals[0], journals[0].parent.name)
     return [t for t in study.trials if t.state.is_finished()]
 
 

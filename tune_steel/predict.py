@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class FittedModel:
 def save_model(model: FittedModel, folder: Path) -> None:
     """Makes a folder of `weights.safetensors`, `preprocessing.safetensors` and `model.json`.
 
-    The folder appears when all three are written.
+    The folder appears when all three are written; an older one goes.
     """
     place, folder = folder, folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
@@ -83,7 +84,13 @@ def save_model(model: FittedModel, folder: Path) -> None:
     }
     text = json.dumps(description, indent=1) + "\n"
     (folder / "model.json").write_text(text, encoding="utf-8")
-    folder.replace(place)
+    if place.exists():
+        older = folder.with_name(f".{place.name}.{os.getpid()}.older.tmp")
+        place.replace(older)
+        folder.replace(place)
+        shutil.rmtree(older)
+    else:
+        folder.replace(place)
 
 
 def load_model(folder: Path) -> FittedModel:

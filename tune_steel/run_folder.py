@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_steel import tables
-from tune_steel.errors import OptionError
+from tune_steel.errors import OptionError, RunError
 from tune_steel.options import Options
 from tune_steel.splits import split_hash
 
 if TYPE_CHECKING:
     from tune_steel.evaluate import Evaluation
     from tune_steel.problem import Problem
-    from tune_steel.searcher import TrialRecord
+    from tune_steel.study import TrialRecord
 
 
 _PACKAGES = (
@@ -55,6 +57,68 @@ def make_folder(output: Path, name: str) -> Path:
     raise OptionError(f"--output {output}: {stem} is there a thousand times; name another folder")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What `run.json` in a run's folder holds.
+
+    Raises:
+        RunError: There is none, or it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        _ = record["run"], record["options"], record["space"]["leaves"], record["splits"]
+    except OSError as error:
+        raise RunError(
+            f"{path}: this is no folder of a run ({error.strerror}: run.json); allowed are the "
+            "folders that a search made, like results/binary-20260101-120000"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}/run.json: it is damaged ({error}); put a backup of it in its place, or begin "
+            f"a new run with --warm-start {path}/trials.parquet"
+        ) from None
+    return record
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What makes two runs different searches, in words, by topic.
+
+    Args:
+        before: The record of one run.
+        now: That of the other.
+    """
+    out: dict[str, str] = {}
+    for topic, key in (("task", "task"), ("classes", "classes"), ("features", "features")):
+        if before[key] != now[key]:
+            out[topic] = f"its {topic} is {before[key]}, here it is {now[key]}"
+    hashes = [record["data"]["content_hash"] for record in (before, now)]
+    if hashes[0] != hashes[1]:
+        out["data"] = f"its table has the hash {hashes[0][:12]}, this one has {hashes[1][:12]}"
+    for key in ("val_hash", "test_hash", "shares", "rows"):
+        if before["splits"][key] != now["splits"][key]:
+            out["split"] = (
+                f"its split is another one ({key}: {_brief(before['splits'][key])}, here "
+                f"{_brief(now['splits'][key])})"
+            )
+    leaves = [record["space"]["leaves"] for record in (before, now)]
+    changed = [
+        f"{key} is {leaves[0].get(key, 'missing')}, here {leaves[1].get(key, 'missing')}"
+        for key in sorted({**leaves[0], **leaves[1]})
+        if leaves[0].get(key) != leaves[1].get(key)
+    ]
+    if changed:
+        out["space"] = f"its space is another one: {'; '.join(changed)}"
+    for key in ("folds", "max_epochs", "seed"):
+        if before["options"][key] != now["options"][key]:
+            topic = "seed" if key == "seed" else "split" if key == "folds" else "space"
+            text = f"its --{key.replace('_', '-')} is {before['options'][key]}"
+            out.setdefault(topic, f"{text}, here it is {now['options'][key]}")
+    return out
+
+
+def _brief(value: object) -> object:
+    return value[:12] if isinstance(value, str) else value
+
+
 class RunFolder:
     """Writes what a run gives, each file whole or not at all.
 
@@ -63,12 +127,30 @@ class RunFolder:
         record: What `run.json` holds; `write_record` writes it.
     """
 
-    def __init__(self, path: Path, options: Options, problem: Problem) -> None:
-        """Fills the record with everything that is known before the search."""
+    def __init__(
+        self,
+        path: Path,
+        options: Options,
+        problem: Problem,
+        before: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Fills the record with everything that is known before the search.
+
+        Args:
+            path: The folder.
+            options: What was asked for.
+            problem: What it is about.
+            before: The record of the run that is resumed in this folder.
+
+        Raises:
+            RunError: It was another search.
+        """
         self.path = path
+        self.journal = path / "study.journal"
         self._problem = problem
         self._columns = {
-            "run": path.name,
+            # The study has this name; the folder may have been renamed since.
+            "run": path.name if before is None else before["run"],
             "task": problem.task.name,
             "data_source": problem.table.source,
         }
@@ -78,10 +160,7 @@ class RunFolder:
             "state": "searching",
             "command": ["python", "-m", "tune_steel.search", *sys.argv[1:]],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "options": {
-                key: str(value) if isinstance(value, Path) else value
-                for key, value in asdict(options).items()
-            },
+            "options": options.as_dict(),
             "data": {
                 "name": problem.table.name,
                 "source": problem.table.source,
@@ -116,6 +195,16 @@ class RunFolder:
             "git_commit": _git_commit(),
             "machine": _machine(),
         }
+        if before is not None:
+            changed = differences(before, self.record)
+            if changed:
+                raise RunError(
+                    f"{path} cannot be resumed: " + "; ".join(changed.values()) + "; begin a new "
+                    "run instead"
+                )
+            kept = {k: v for k, v in before.items() if k not in ("options", "state", "error")}
+            again = {key: self.record[key] for key in ("command", "started", "versions")}
+            self.record |= kept | {"resumed": [*before.get("resumed", []), again]}
 
     def write_record(self, **more: object) -> None:
         """Adds to the record and writes `run.json`."""
@@ -149,6 +238,14 @@ class RunFolder:
             "states": dict(Counter(record.state for record in records)),
             "epochs": len(epochs),
         }
+
+    def clean(self) -> None:
+        """Removes what a killed process had begun to write."""
+        for left in self.path.glob(".*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
     def write_report(self, text: str) -> None:
         """Writes `report.txt`, what the run ends with on the terminal."""
@@ -191,6 +288,8 @@ def _trial_row(record: TrialRecord) -> Mapping[str, object]:
     return {
         "trial": record.number,
         "state": record.state,
+        "slot": record.slot,
+        "retry_of": record.retry_of,
         "seed": record.seed,
         "epochs": len(record.epochs),
         "best_epoch": best["epoch"] if best else None,

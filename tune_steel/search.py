@@ -1,248 +1,29 @@
-"""The main job and its command line: search, retrain the best, score on test, write the tables."""
+"""The command line: `python -m tune_steel.search`."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
 
-from tune_steel.errors import NonFiniteLossError, SearchFailedError, TuneSteelError
-from tune_steel.terminal import say, show
-
-if TYPE_CHECKING:
-    from tune_steel.options import Options
-    from tune_steel.problem import Problem
-    from tune_steel.run_folder import RunFolder
-    from tune_steel.searcher import TrialRecord
-    from tune_steel.space import Space
-    from tune_steel.splits import Development
+from tune_steel.errors import OptionError, SearchFailedError, TuneSteelError
+from tune_steel.terminal import say
 
 # Imports that take seconds (torch, Ray, pandas) wait until the options are known to be possible.
 
 EXIT_USAGE = 2
 EXIT_CUT_SHORT = 130
-_FIRST_CONFIGS = 5
-
-
-def run_search(options: Options) -> int:
-    """Runs the whole job; returns the exit code.
-
-    Raises:
-        TuneSteelError: Something the user can mend.
-        SearchFailedError: Every trial failed.
-    """
-    from tune_steel.problem import resolve
-    from tune_steel.ray_tune import ray_session
-    from tune_steel.run_folder import RunFolder, make_folder
-
-    problem = resolve(options)
-    for note in problem.notes:
-        say(note)
-    if options.dry_run:
-        _dry_run(options, problem)
-        return 0
-    folder = RunFolder(make_folder(options.output, problem.task.name), options, problem)
-    with ExitStack() as stack:
-        try:
-            concurrency = stack.enter_context(ray_session(options.address, options.resources))
-        except BaseException:
-            folder.path.rmdir()  # still empty
-            raise
-        _announce(options, problem, folder)
-        folder.write_record(concurrency=concurrency)
-        try:
-            # Of the problem, the search gets what it may see.
-            records = _search(options, problem.space, problem.development, folder, concurrency)
-            stack.close()  # Ray's processes end before the retraining begins
-            return _finish(options, problem, folder, records)
-        except BaseException as error:
-            state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
-            folder.write_record(state=state, error=f"{type(error).__name__}: {error}")
-            raise
-
-
-def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
-    """The trial with the lowest validation loss among those that had a full chance.
-
-    Candidates ran to their end, or were stopped at the top rung. Where none did, because the
-    search was cut short, those that the scheduler stopped earlier stand in.
-    """
-    from tune_steel.scheduler import METRIC, rungs
-
-    top = rungs(options.max_epochs, options.grace_period, options.reduction_factor)[-1]
-    stopped = [r for r in records if r.state in ("COMPLETE", "PRUNED")]
-    full = [r for r in stopped if r.state == "COMPLETE" or len(r.epochs) >= top]
-    return min(full or stopped, key=lambda record: record.epochs[-1][METRIC], default=None)
-
-
-def _search(
-    options: Options,
-    space: Space,
-    development: Development,
-    folder: RunFolder,
-    concurrency: int,
-) -> list[TrialRecord]:
-    """Runs the trials and writes their tables, also when it is cut short."""
-    from tune_steel.ray_tune import run_trials
-    from tune_steel.searcher import StudySearcher, open_study
-
-    study = open_study(folder.path / "study.journal", folder.path.name, options.seed)
-    searcher = StudySearcher(space, study, options.seed, options.max_epochs)
-    started = time.monotonic()
-    try:
-        run_trials(
-            searcher,
-            development,
-            samples=options.samples,
-            max_epochs=options.max_epochs,
-            grace_period=options.grace_period,
-            reduction_factor=options.reduction_factor,
-            resources=options.resources,
-            concurrency=concurrency,
-        )
-    except KeyboardInterrupt:
-        pass  # what has ended is written and scored all the same
-    finally:
-        folder.write_trials(searcher.records)
-    folder.write_record(state="searched", search_seconds=time.monotonic() - started)
-    return searcher.records
-
-
-def _ended(records: list[TrialRecord]) -> int:
-    return sum(record.state != "INTERRUPTED" for record in records)
-
-
-def _finish(
-    options: Options, problem: Problem, folder: RunFolder, records: list[TrialRecord]
-) -> int:
-    """Evaluates the best trial, writes everything, then prints it; returns the exit code."""
-    from tune_steel.evaluate import SEEDS, evaluate
-    from tune_steel.fit import prepare_process
-    from tune_steel.summary import evaluation_summary, render, search_summary
-
-    finished = _ended(records) >= options.samples
-    best = choose(records, options)
-    if best is None:
-        return _nothing_to_score(records, folder, finished=finished)
-    assert best.best is not None
-    say(
-        f"retraining: {SEEDS} seeds of trial {best.number} for {best.best['epoch']} epochs, the "
-        "default config, and boosting; then one look at the test rows"
-    )
-    started = time.monotonic()
-    # As many threads as a trial had, so that the best trial's curve comes out bit for bit.
-    prepare_process(options.resources.threads)
-    try:
-        evaluation = evaluate(
-            best,
-            next((record for record in records if record.number == 0), None),
-            problem.development,
-            problem.sealed,
-            options.seed,
-            problem.table.source,
-            "cuda" if options.resources.gpus_per_trial > 0 and options.address is None else "cpu",
-        )
-    except NonFiniteLossError as error:
-        raise SearchFailedError(f"the best trial cannot be retrained: {error}") from error
-    folder.write_evaluation(evaluation)
-    folder.write_record(
-        best_trial=best.number,
-        evaluate_seconds=time.monotonic() - started,
-        state="finished" if finished else "cut short",
-    )
-    report = (
-        search_summary(records, best),
-        *evaluation_summary(evaluation, problem.task.classes),
-    )
-    folder.write_report(render(*report, terminal=False))
-    show(render(*report, terminal=sys.stdout.isatty()))
-    show(f"\nresults: {folder.path}\n")
-    _warn_of_stand_in(problem)
-    if not finished:
-        say(f"cut short: {_ended(records)} of {options.samples} trials ended")
-    return 0 if finished else EXIT_CUT_SHORT
-
-
-def _nothing_to_score(records: list[TrialRecord], folder: RunFolder, *, finished: bool) -> int:
-    """Says why there is no best trial."""
-    failures = [record for record in records if record.state == "FAIL"]
-    why = f"; {len(failures)} failed, the first one with {failures[0].error}" if failures else ""
-    if not finished:
-        folder.write_record(state="cut short")
-        say(f"cut short before any trial could be scored{why}; results: {folder.path}")
-        return EXIT_CUT_SHORT
-    raise SearchFailedError(
-        f"every trial failed ({len(failures)}); the first one with {failures[0].error}; "
-        f"all of them: {folder.path / 'trials.parquet'}"
-    )
-
-
-def _announce(options: Options, problem: Problem, folder: RunFolder) -> None:
-    splits, schema = problem.splits, problem.development.schema
-    columns = len(schema.numeric) + len(schema.categorical)
-    say(
-        f"{problem.task.name}: {len(problem.task.y)} rows ({problem.table.source}), "
-        f"{len(problem.task.classes)} classes, {columns} features; "
-        f"{len(splits.development)} rows to search on, {len(splits.test)} test rows kept apart"
-    )
-    replicas = f"{options.folds} folds" if options.folds > 1 else "one validation split"
-    say(
-        f"{options.samples} trials of at most {options.max_epochs} epochs, {replicas}, "
-        f"space {problem.space.name}, seed {options.seed}; results in {folder.path}"
-    )
-    _warn_of_stand_in(problem)
-
-
-def _warn_of_stand_in(problem: Problem) -> None:
-    if problem.table.source == "stand-in":
-        say("STAND-IN data: these scores say nothing about real steel plates")
-
-
-def _dry_run(options: Options, problem: Problem) -> None:
-    """Prints the resolved space, the splits and the first configs; trains nothing."""
-    import optuna
-
-    from tune_steel.scheduler import rungs
-    from tune_steel.searcher import ask, make_sampler
-    from tune_steel.splits import split_hash
-
-    splits, task = problem.splits, problem.task
-    stops = rungs(options.max_epochs, options.grace_period, options.reduction_factor)
-    folds = ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=make_sampler(options.seed))
-    study.enqueue_trial(problem.space.defaults())
-    first = [
-        ask(study, problem.space, options.seed)[1]
-        for _ in range(min(_FIRST_CONFIGS, options.samples))
-    ]
-    lines = [
-        f"data: {problem.table.source}, {len(problem.table.frame)} rows",
-        f"task: {task.name}; classes: {', '.join(task.classes)}",
-        f"splits: train {len(splits.train)}, val {len(splits.val)}, test {len(splits.test)} "
-        f"(test hash {split_hash(task.rows[splits.test])[:12]}); folds: {folds}",
-        f"ASHA may stop trials after epochs {', '.join(map(str, stops))} of {options.max_epochs}",
-        f"space {problem.space.name}:",
-        *(f"  {key} = {json.dumps(v)}" for key, v in sorted(problem.space.as_dict().items())),
-        "first configs:",
-        *(f"  {record.number}: {json.dumps(record.params)}" for record in first),
-    ]
-    show("\n".join(lines) + "\n")
-    _warn_of_stand_in(problem)
-
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def search(
+    context: typer.Context,
     task: Annotated[
         str | None, typer.Option(help="binary, multiclass or faults7 of the steel table.")
     ] = None,
@@ -283,6 +64,43 @@ def search(
     reduction_factor: Annotated[
         int, typer.Option(help="ASHA goes on with the best one in so many.")
     ] = 3,
+    scheduler: Annotated[
+        Literal["asha", "median", "none"], typer.Option(help="What stops bad trials early.")
+    ] = "asha",
+    search: Annotated[
+        Literal["tpe", "random", "gp", "grid"],
+        typer.Option(help="How configs are found; grid is for spaces without floats."),
+    ] = "tpe",
+    time_budget: Annotated[
+        str | None, typer.Option(help="Ends the search after 90s, 10m or 1h30m.")
+    ] = None,
+    epochs_budget: Annotated[
+        int | None, typer.Option(help="Ends the search after so many epochs of all trials.")
+    ] = None,
+    until_stalled: Annotated[
+        int | None, typer.Option(help="Ends the search when so many trials found nothing better.")
+    ] = None,
+    max_failures: Annotated[
+        int, typer.Option(help="How often a config is tried again when its worker dies.")
+    ] = 2,
+    give_up_after: Annotated[
+        int, typer.Option(help="Ends the search when so many trials in a row failed.")
+    ] = 10,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What a trial may allocate, like 2GB.", show_default="no limit"),
+    ] = None,
+    epoch_timeout: Annotated[
+        str, typer.Option(help="A worker whose epoch takes longer is given up.")
+    ] = "15m",
+    warm_start: Annotated[
+        list[Path] | None,
+        typer.Option(help="An earlier run's folder or trials.parquet; may be given again."),
+    ] = None,
+    try_: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="A config to try first, as JSON: '{\"optimizer.lr\": 0.003}'."),
+    ] = None,
     cpus_per_trial: Annotated[float, typer.Option(help="CPUs, and threads, of a trial.")] = 1.0,
     gpus_per_trial: Annotated[
         float, typer.Option(help="GPUs of a trial; may be a fraction.")
@@ -303,34 +121,95 @@ def search(
             help="A Ray cluster to join, host:port or auto.", show_default="a private Ray"
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this folder; only budgets may change."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print space, splits and first configs; run nothing.")
     ] = False,
 ) -> int:
     """Search the best network for a table, retrain it, score it once on unseen test rows."""
-    from tune_steel.options import Options, Resources, default_grace_period
-
-    options = Options(
-        task=task,
-        samples=samples,
-        data=data,
-        target=target,
-        openml_id=openml_id,
-        source=source,
-        folds=folds,
-        split=split,
-        space=space,
-        max_epochs=max_epochs,
-        grace_period=default_grace_period(max_epochs) if grace_period is None else grace_period,
-        reduction_factor=reduction_factor,
-        resources=Resources(cpus_per_trial, gpus_per_trial, concurrency),
-        seed=seed,
-        output=output,
-        address=address,
-        dry_run=dry_run,
+    from tune_steel.budget import Budget
+    from tune_steel.options import (
+        Options,
+        Resources,
+        default_grace_period,
+        parse_duration,
+        parse_memory,
     )
+
+    budget: dict[str, Any] = {
+        "samples": samples,
+        "seconds": parse_duration("--time-budget", time_budget) if time_budget else None,
+        "epochs": epochs_budget,
+        "stalled": until_stalled,
+        "give_up_after": give_up_after,
+    }
+    resources: dict[str, Any] = {
+        "cpus_per_trial": cpus_per_trial,
+        "gpus_per_trial": gpus_per_trial,
+        "concurrency": concurrency,
+        "memory": parse_memory("--memory", memory) if memory else None,
+        "epoch_timeout": parse_duration("--epoch-timeout", epoch_timeout),
+    }
+    others: dict[str, Any] = {
+        "task": task,
+        "data": data,
+        "target": target,
+        "openml_id": openml_id,
+        "source": source,
+        "folds": folds,
+        "split": split,
+        "space": space,
+        "max_epochs": max_epochs,
+        "grace_period": default_grace_period(max_epochs) if grace_period is None else grace_period,
+        "reduction_factor": reduction_factor,
+        "scheduler": scheduler,
+        "search": search,
+        "max_failures": max_failures,
+        "warm_start": tuple(warm_start or ()),
+        "tries": tuple(try_ or ()),
+        "seed": seed,
+        "output": output,
+        "address": address,
+        "dry_run": dry_run,
+    }
+    if resume is not None:
+        given = {
+            _FIELDS.get(name, name)
+            for name in context.params
+            if (origin := context.get_parameter_source(name)) and origin.name == "COMMANDLINE"
+        }
+        for option in ("output", "dry_run"):
+            if option in given:
+                raise OptionError(
+                    f"--{option.replace('_', '-')}: a run is resumed in its own folder; leave the "
+                    "option out"
+                )
+        from tune_steel.job import resume_search
+
+        return resume_search(
+            resume,
+            *(
+                {name: value for name, value in group.items() if name in given}
+                for group in (others, budget, resources)
+            ),
+        )
+    options = Options(budget=Budget(**budget), resources=Resources(**resources), **others)
     options.check()
+    from tune_steel.job import run_search
+
     return run_search(options)
+
+
+_FIELDS = {
+    "try_": "tries",
+    "time_budget": "seconds",
+    "epochs_budget": "epochs",
+    "until_stalled": "stalled",
+}
+"""Options that are called otherwise in `Options`."""
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tune_steel.evaluate import Evaluation, Scored
 from tune_steel.scores import Interval
-from tune_steel.searcher import TrialRecord
+from tune_steel.study import TrialRecord
 
 _LABELS = {"tuned": "tuned", "default": "default config", "boosting": "boosting"}
 _WIDTH_WITHOUT_TERMINAL = 118

@@ -48,7 +48,7 @@ def epochs_schema(classes: int) -> pa.Schema:
     return pa.schema(
         [
             *_RUN,
-            _field("trial", pa.int32(), "Trial number, from 0; trial 0 is the space's default."),
+            _field("trial", pa.int32(), "Trial number in the study, from 0."),
             _field("epoch", pa.int32(), "Epoch, from 1."),
             _field("train_loss", pa.float64(), "Training loss with the config's class weights."),
             *_scores(classes, "mean over the folds."),
@@ -71,13 +71,21 @@ def trials_schema(classes: int, params: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema(
         [
             *_RUN,
-            _field("trial", pa.int32(), "Trial number, from 0; trial 0 is the space's default."),
+            _field("trial", pa.int32(), "Trial number in the study, from 0."),
             _field(
                 "state",
                 pa.string(),
-                "COMPLETE (ran to its end), PRUNED (stopped by the scheduler), FAIL (raised), "
-                "INTERRUPTED (the search ended first).",
+                "COMPLETE (ran to its end), PRUNED (stopped by the scheduler), FAIL (raised); "
+                "INTERRUPTED (the search ended first) and LOST (its worker died): the config is "
+                "tried again in another trial.",
             ),
+            _field(
+                "slot",
+                pa.int32(),
+                "How many configs were sampled before; a config that is tried again keeps it, and "
+                "with it the seed. 0 is the space's default.",
+            ),
+            _field("retry_of", pa.int32(), "The trial whose config this one tries again."),
             _field("seed", pa.int64(), "Seed of the trial, derived from the run's."),
             _field("epochs", pa.int32(), "Epochs that were trained."),
             _field("best_epoch", pa.int32(), "Epoch with the lowest val_loss."),

@@ -1,0 +1,179 @@
+"""Real faults of trials, workers, disks and terminals: none ends a search or goes unsaid."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from searches import check_whole, curves, finish, only_run, read, start, wait_for
+
+from tune_steel.limits import limit_memory, watched
+
+pytestmark = pytest.mark.ray
+FAULTY = (Path(__file__).parent / "faulty_search.py",)
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("MARKS", str(tmp_path / "marks"))
+    return tmp_path
+
+
+def small(space_file: Path) -> tuple[object, ...]:
+    given = ("--task", "binary", "--source", "stand-in", "--space", space_file)
+    return (*given, "--max-epochs", 3, "--folds", 2)
+
+
+def test_each_fault_costs_its_own_trial_at_most(
+    faulty: Path, space_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = {1: "raise", 2: "kill-once", 3: "kill", 4: "exit-once", 5: "hang-once", 6: "memory"}
+    monkeypatch.setenv("FAULTS", json.dumps(faults))
+    limits = ("--memory", "1GB", "--epoch-timeout", "8s", "--max-failures", 1)
+    process = start(faulty, *small(space_file), "--samples", 9, *limits, script=FAULTY)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "Test scores on 97 rows" in out
+    trials = check_whole(only_run(faulty), 9)
+    ends = trials.groupby("slot")["state"].apply(list).to_dict()
+    fine = {slot: states[-1] for slot, states in ends.items()}
+    assert all(fine[slot] in ("COMPLETE", "PRUNED") for slot in (0, 2, 4, 5, 7, 8))
+    assert ends[1] == ["FAIL"]  # what a trial raised, it would raise again
+    assert ends[3] == ["LOST", "FAIL"]
+    assert ends[6] == ["FAIL"]
+    for slot in (2, 4, 5):
+        assert ends[slot][0] == "LOST"
+        assert len(ends[slot]) == 2
+    errors = trials[trials["state"] == "FAIL"].set_index("slot")["error"]
+    assert errors[1] == "ValueError: no such thing"
+    assert re.search(r"ActorDiedError.*\(2 times\)", errors[3])
+    assert "Unable to allocate 128. MiB" in errors[6]
+
+
+def test_a_search_whose_trials_all_fail_ends_soon_and_says_why(
+    faulty: Path, space_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULTS", json.dumps(dict.fromkeys(range(2, 50), "raise")))
+    given = ("--samples", 40, "--give-up-after", 3)
+    code, out, err = finish(start(faulty, *small(space_file), *given, script=FAULTY))
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "error: the search ended because 3 trials in a row failed" in last
+    assert "the last one with ValueError: no such thing; go on with --resume" in last
+    assert out == ""
+    run = only_run(faulty)
+    assert read(run, "trials")["state"].tolist().count("FAIL") == 3
+    # The cause is mended; what had not failed is not lost.
+    code, _, err = finish(start(faulty, "--resume", run, "--samples", 7))
+    assert code == 0, err
+    check_whole(run, 7)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_search_with_one_line_and_loses_no_finished_trial(
+    small_disk: Path, space_file: Path
+) -> None:
+    ballast = small_disk / "ballast"
+    process = start(small_disk, *small(space_file), "--samples", 12)
+    wait_for(lambda: curves(small_disk) >= 3)
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(b"\0" * (free - 4096))
+    code, _, err = finish(process)
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "study.journal cannot be written (No space left on device); go on with" in last
+    assert "Traceback" not in err
+    run = only_run(small_disk)
+    before = curves(small_disk)
+    ballast.unlink()
+    code, _, err = finish(start(small_disk, "--resume", run))
+    assert code == 0, err
+    assert int(re.search(r"(\d+) of 12 trials have ended", err)[1]) >= before - 2  # type: ignore[index]
+    check_whole(run, 12)
+
+
+def test_a_terminal_that_cannot_be_written_costs_no_result(
+    space_file: Path, tmp_path: Path
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            [
+                *(sys.executable, "-m", "tune_steel.search"),
+                *map(str, (*small(space_file), "--samples", 2)),
+            ],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=full,
+            timeout=240,
+            check=False,
+        )
+    assert process.returncode == 0
+    check_whole(only_run(tmp_path), 2)
+    assert "Test scores" in (only_run(tmp_path) / "report.txt").read_text()
+
+
+def test_a_progress_line_that_raises_ends_nothing() -> None:
+    from tune_steel.progress import ProgressLine
+
+    line = ProgressLine(None)  # type: ignore[arg-type]
+    line._next = 0
+    line.on_step_end(0, [])
+    line.close()
+
+
+def in_a_process(script: str) -> subprocess.CompletedProcess[str]:
+    head = "import sys, time, numpy as np; from tune_steel.limits import *\n"
+    command = [sys.executable, "-c", head + script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_memory_limit_raises_in_the_trial_and_is_lifted_by_the_next() -> None:
+    done = in_a_process(
+        "limit_memory(300_000_000)\n"
+        "kept = np.ones(25_000_000)\n"
+        "try: np.ones(25_000_000)\n"
+        "except MemoryError: print('refused')\n"
+        "limit_memory(300_000_000); more = np.ones(25_000_000); print('renewed')\n"
+        "limit_memory(None); most = np.ones(100_000_000); print('lifted')"
+    )
+    assert done.stdout.split() == ["refused", "renewed", "lifted"], done.stderr
+
+
+def test_a_step_that_takes_too_long_ends_the_process() -> None:
+    script = (
+        "def steps():\n yield 1\n yield 2\n time.sleep(30)\n"
+        "for step in watched(steps(), 2): print(step, flush=True); time.sleep(2.5)\n"
+    )
+    done = in_a_process(script)
+    assert done.stdout.split() == ["1", "2"]  # what is done with a step may take long
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+
+
+def test_a_watched_iterator_gives_every_step_and_what_it_raises() -> None:
+    assert list(watched(iter("abc"), 60)) == ["a", "b", "c"]
+
+    def fails() -> Iterator[int]:
+        yield 1
+        raise ValueError("its own")
+
+    steps = watched(fails(), 60)
+    assert next(steps) == 1
+    with pytest.raises(ValueError, match="its own"):
+        next(steps)
+    limit_memory(None)
