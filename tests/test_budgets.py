@@ -7,6 +7,7 @@ import pytest
 from optuna.trial import TrialState
 from searches import ENDED, finish, only_run, read, start, study_of
 
+from tune_steel.budget import Budget, Stop
 from tune_steel.errors import OptionError
 from tune_steel.options import parse_duration, parse_memory
 
@@ -52,6 +53,24 @@ def test_an_epochs_budget_ends_the_search_at_that_epoch(space_file: Path, tmp_pa
     )
     assert code == 0, err
     assert read(only_run(tmp_path), "trials")["state"].isin(ENDED).sum() >= 8
+
+
+def test_an_interrupt_waits_until_nothing_is_being_written() -> None:
+    stop = Stop(Budget(1))
+    written = []
+
+    def write() -> None:
+        with stop.writing():
+            stop.interrupt()
+            written.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert written
+    with stop.writing():  # it came once
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        stop.interrupt()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,32 @@ class Stop:
         self.now = False
         self.failed = False
         self.signal: str | None = None
+        self._writing = False
+        self._interrupted = False
 
     def end(self, reason: str, *, now: bool, failed: bool = False) -> None:
         """Ends the search; of several reasons the first one is kept."""
         self.now = self.now or now
         self.failed = self.failed or failed
         self.reason = self.reason or reason
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What happens inside is not torn by `interrupt`, which comes after it."""
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """Raises KeyboardInterrupt, as soon as nothing is being written."""
+        if not self._writing:
+            raise KeyboardInterrupt
+        self._interrupted = True
 
     def check_time(self) -> None:
         """To be called every now and then; the first call starts the clock."""

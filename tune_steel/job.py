@@ -125,6 +125,8 @@ def _run(
         if (folder.path / "run.json").exists():
             state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
             _record_end(folder, state, f"{type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            say(f"go on with --resume {folder.path}")
         raise
 
 

@@ -159,7 +159,7 @@ def signals_end(stop: Stop) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if stop.signal is not None:
-            raise KeyboardInterrupt
+            stop.interrupt()
         stop.signal = name
         stop.end(f"{name} came", now=True)
         say(f"{name}: ending the search and scoring what there is; once more to stop at once")

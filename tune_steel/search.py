@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,18 +190,25 @@ def search(
                 )
         from tune_steel.job import resume_search
 
-        return resume_search(
-            resume,
-            *(
-                {name: value for name, value in group.items() if name in given}
-                for group in (others, budget, resources)
-            ),
+        anew = (
+            {name: value for name, value in group.items() if name in given}
+            for group in (others, budget, resources)
         )
+        return _unless_interrupted(lambda: resume_search(resume, *anew))
     options = Options(budget=Budget(**budget), resources=Resources(**resources), **others)
     options.check()
     from tune_steel.job import run_search
 
-    return run_search(options)
+    return _unless_interrupted(lambda: run_search(options))
+
+
+def _unless_interrupted(job: Callable[[], int]) -> int:
+    """The job's exit code; Typer would end an interrupted one without a word."""
+    try:
+        return job()
+    except KeyboardInterrupt:
+        say("interrupted")
+        return EXIT_CUT_SHORT
 
 
 _FIELDS = {
@@ -225,9 +233,6 @@ def main() -> None:
     except SearchFailedError as error:
         say(f"error: {error}")
         code = 1
-    except (KeyboardInterrupt, typer.Abort):
-        say("interrupted")
-        code = EXIT_CUT_SHORT
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # or the interpreter would complain at its end

@@ -228,7 +228,8 @@ class StudySearcher(Searcher):
         if self.unwritable:
             return None
         try:
-            return write()
+            with self.stop.writing():
+                return write()
         except OSError as error:
             self.unwritable = True
             self.stop.end(
@@ -266,7 +267,10 @@ class StopWhenTold(Stopper):
 
 
 class ErrorKeeper(Callback):
-    """Brings the reason of a failure to the searcher, which Tune tells only that it failed."""
+    """Brings the reason of a failure to the searcher, which Tune tells only that it failed.
+
+    It also lets Tune forget its statistics of ended trials, half of what a trial costs in memory.
+    """
 
     def __init__(self, searcher: StudySearcher) -> None:
         self._searcher = searcher
@@ -277,6 +281,19 @@ class ErrorKeeper(Callback):
         """Called by Tune after the searcher's `on_trial_complete(error=True)`."""
         reason, lost = _reason(trial)
         self._searcher.fail(trial.trial_id, reason, lost=lost)
+        _forget(trial)
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Called by Tune after the searcher's."""
+        _forget(trial)
+
+
+def _forget(trial: Trial) -> None:
+    """Drops averages of every metric over the last results, which nobody reads."""
+    trial.run_metadata.metric_analysis.clear()
+    trial.run_metadata.metric_n_steps.clear()
 
 
 def _reason(trial: Trial) -> tuple[str, bool]:

@@ -172,11 +172,10 @@ def enqueue_again(study: optuna.Study, number: int, slot: int, params: Params) -
 
 
 def reclaim(study: optuna.Study, space: Space) -> int:
-    """Queues again what an ended process left unfinished; returns how many trials that were.
+    """Queues again what an ended process left unfinished; returns how many trials are queued.
 
     A trial that died before all its parameters were sampled is sampled again.
     """
-    queued = 0
     for trial in study.get_trials(deepcopy=False):
         slot = trial.user_attrs.get("slot")
         running = trial.state == TrialState.RUNNING
@@ -184,12 +183,12 @@ def reclaim(study: optuna.Study, space: Space) -> int:
             continue
         if slot is not None:  # without one, it died before it had anything
             enqueue_again(study, trial.number, slot, trial.params if _whole(trial, space) else {})
-            queued += 1
         if running:
             study._storage.set_trial_user_attr(trial._trial_id, "state", "INTERRUPTED")
             study._storage.set_trial_user_attr(trial._trial_id, "error", "the process was killed")
             study.tell(trial.number, state=TrialState.FAIL)
-    return queued
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return sum("retry_of" in trial.user_attrs for trial in waiting)
 
 
 def _whole(trial: FrozenTrial, space: Space) -> bool:
