@@ -4,12 +4,13 @@
         --output runs
     python -m benchmarks.simulate record --from runs/binary-...
     python -m benchmarks.simulate compare
+    python -m benchmarks.simulate document
 
 The first command trains random configs, each to its own end; `record` keeps their curves in
 `benchmarks/curves/`, about a hundred kilobytes a task and no row of the data table. `compare`
 plays searches over them with the scheduler and searcher classes of the product, called as Ray
 Tune calls them, with two virtual workers whose epochs take the recorded time; only the training
-is not done.
+is not done. `document` puts the published figures into `docs/defaults.md`.
 
 Regret is the lowest loss of the whole curve of the trial that the product would choose by then,
 minus the lowest of all recorded curves, in validation loss.
@@ -56,6 +57,7 @@ from tune_steel.tables import write_table
 
 CURVES = Path(__file__).parent / "curves"
 PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "simulator.parquet"
+PAGE = Path(__file__).parents[1] / "docs" / "defaults.md"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -90,7 +92,7 @@ def asha(grace: int, factor: int, **changed: Any) -> Setting:
 
 DEFAULT = asha(6, 3)
 OTHER = asha(2, 3)
-"""The best of the replays."""
+"""The best of the short replays."""
 
 LEAST_SPEARMAN = 0.6
 
@@ -102,31 +104,31 @@ REPLAYED = [
     Setting("asha 6/3 on the epoch's own loss", metric="val_loss"),
 ]
 
+_ALONE: dict[str, Any] = {"multivariate": False}
 _TPE: dict[str, dict[str, Any]] = {
     "tpe": {},
-    "tpe, 20 start-up trials": {"n_startup_trials": 20},
-    "tpe, 40 start-up trials": {"n_startup_trials": 40},
-    "tpe, univariate": {"multivariate": False},
-    "tpe, grouped": {"group": True},
-    "tpe, 64 candidates": {"n_ei_candidates": 64},
-    "tpe, no constant liar": {"constant_liar": False},
+    "tpe, multivariate": {"multivariate": True},
+    "tpe, multivariate, grouped": {"multivariate": True, "group": True},
+    "tpe, 20 start-up trials": {**_ALONE, "n_startup_trials": 20},
+    "tpe, 40 start-up trials": {**_ALONE, "n_startup_trials": 40},
+    "tpe, 64 candidates": {**_ALONE, "n_ei_candidates": 64},
+    "tpe, no constant liar": {**_ALONE, "constant_liar": False},
 }
 
 
 def modelled() -> list[Setting]:
     """What is compared on the surrogate, the default first."""
-    out = []
-    for base in (DEFAULT, OTHER):
-        given = {"grace": base.grace, "factor": base.factor}
-        out += [
-            Setting(f"{name}, {base.name}", search="tpe", tpe=options, **given)  # type: ignore[arg-type]
-            for name, options in _TPE.items()
-        ]
-        out.append(Setting(f"random, {base.name}", **given))  # type: ignore[arg-type]
-    out.append(Setting("random, none", "none"))
-    out.append(Setting("tpe, none", "none", search="tpe"))
-    out.append(Setting(f"gp, {DEFAULT.name}", search="gp", share=0.25))
-    return out
+    mine: dict[str, Any] = {"grace": DEFAULT.grace, "factor": DEFAULT.factor}
+    other: dict[str, Any] = {"grace": OTHER.grace, "factor": OTHER.factor}
+    return [
+        *(Setting(f"{n}, {DEFAULT.name}", search="tpe", tpe=o, **mine) for n, o in _TPE.items()),
+        Setting(f"random, {DEFAULT.name}", **mine),
+        Setting(f"tpe, {OTHER.name}", search="tpe", **other),
+        Setting(f"random, {OTHER.name}", **other),
+        Setting("tpe, none", "none", search="tpe"),
+        Setting("random, none", "none"),
+        Setting(f"gp, {DEFAULT.name}", search="gp", share=0.25, **mine),
+    ]
 
 
 @app.command()
@@ -200,6 +202,42 @@ def compare(
                 typer.echo(f"{name}: THE SURROGATE IS POOR; what it says of searchers is nothing")
             play = partial(model, space=space, surrogate=surrogate, max_epochs=most)
             _compare(name, "surrogate", modelled(), play, repeats, lowest, output)
+
+
+@app.command()
+def document() -> None:
+    """Writes the published figures between the marks of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    for part in ("replay", "surrogate"):
+        begin, end = f"<!-- {part} -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + begin + markdown(part) + end + after
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def markdown(part: str) -> str:
+    """The published regrets of a part, in thousandths: settings down, task and epochs across."""
+    rows = [row for row in pq.read_table(PUBLISHED).to_pylist() if row["part"] == part]
+    columns = list(dict.fromkeys((row["task"], row["epochs"]) for row in rows))
+    heads = [f"{task} {epochs}" for task, epochs in columns]
+    lines = ["| setting | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    cells = {(r["setting"], r["task"], r["epochs"]): r for r in rows}
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        line = [setting]
+        for column in columns:
+            row = cells.get((setting, *column))
+            line.append("" if row is None else _cell(row))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    """The regret with its standard error; in bold where it differs from the default's."""
+    text = f"{1000 * row['regret']:.1f} ± {1000 * row['se']:.1f}"
+    if row["low"] > 0 or row["high"] < 0:
+        text = f"**{text}**"
+    return text + (" *" if row["exhausted"] > 0.5 else "")
 
 
 def _compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tune_steel.ray_environment  # noqa: F401
 
 import heapq
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, TPESampler
 from ray.tune.schedulers import TrialScheduler
 
@@ -215,7 +217,9 @@ class Search:
 
     def _sampler(self, name: SearchName, seed: int, slot: int) -> BaseSampler:
         if name == "tpe" and self._setting.tpe:
-            return TPESampler(seed=derive(seed, "sampler", slot), **self._setting.tpe)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # `group`
+                return TPESampler(seed=derive(seed, "sampler", slot), **self._setting.tpe)
         return make_sampler(name, seed, slot)
 
 
