@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import optuna
@@ -118,24 +119,25 @@ def grid(space: Space, seed: int) -> list[Params]:
     for leaf in space.leaves:
         longer: list[Params] = []
         for point in points:
-            if space.active(leaf, point):
-                longer += [{**point, leaf.key: value} for value in _values(leaf)]
-            else:
+            if not space.active(leaf, point):
                 longer.append(point)
+                continue
+            values = _values(leaf)
+            if len(longer) + len(values) > _MOST_GRID_POINTS:
+                raise OptionError(
+                    f"--search grid: {space.name} has more than {_MOST_GRID_POINTS} configs; give "
+                    "fewer choices, or use --search tpe, random or gp"
+                )
+            longer += [{**point, leaf.key: value} for value in values]
         points = longer
-        if len(points) > _MOST_GRID_POINTS:
-            raise OptionError(
-                f"--search grid: {space.name} has more than {_MOST_GRID_POINTS} configs; give "
-                "fewer choices, or use --search tpe, random or gp"
-            )
     default = space.defaults()
     points.remove(default)
     random.Random(derive(seed, "grid")).shuffle(points)
     return [default, *points]
 
 
-def _values(leaf: Leaf) -> tuple[Value, ...]:
+def _values(leaf: Leaf) -> Sequence[Value]:
     if leaf.kind == "choices":
         return leaf.values
     low, high = leaf.values
-    return tuple(range(int(low), int(high) + 1))
+    return range(int(low), int(high) + 1)

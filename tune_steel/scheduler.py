@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
-import sys
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -71,6 +70,13 @@ class Median(KeepsReference, MedianStoppingRule):
             self._stopped_trials.discard(trial)  # the reference, which goes on all the same
         return action
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        """Tune brings the last result here once more; Ray's rule would count it twice."""
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        # Ray's rule pauses where others wait, but a paused function begins anew.
+        return TrialScheduler.CONTINUE
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Takes a failed trial out of the medians; where its worker died, it comes again."""
         self._results.pop(trial, None)
@@ -111,8 +117,6 @@ def make_scheduler(
             metric=METRIC,
             mode="min",
             grace_period=grace_period,
-            # A paused function would begin anew: nothing of it is checkpointed.
-            min_time_slice=sys.maxsize,
         )
     else:
         scheduler = Everything()  # type: ignore[no-untyped-call]
