@@ -293,7 +293,7 @@ def _values(kind: str, given: object, *, log: bool, where: str) -> tuple[Value, 
             raise SpaceError(f"{where}: choices are strings, numbers, true or false, no lists")
         if len({_kind(v) for v in given}) > 1:
             raise SpaceError(f"{where}: choices are all strings, all numbers or all true/false")
-        if len({(type(v), v) for v in given}) < len(given):
+        if len(set(given)) < len(given):
             raise SpaceError(f"{where}: a choice stands twice in {given!r}")
         return tuple(given)
     allowed = int if kind == "int" else int | float
@@ -369,21 +369,21 @@ def _check_samples(space: Space) -> None:
     by_key = {leaf.key: leaf for leaf in space.leaves}
 
     def needed(leaf: Leaf) -> Params:
-        """Values of the parents under which a leaf is active."""
-        out: Params = {}
-        for key, allowed in leaf.when.items():
-            if key in by_key:
-                out |= {**needed(by_key[key]), key: allowed[0]}
-        return out
+        """Values of the parents, and of theirs, under which a leaf is active."""
+        allowed: dict[str, list[Value]] = {}
+        waiting = [leaf]
+        while waiting:
+            for key, values in waiting.pop().when.items():
+                allowed[key] = [v for v in allowed.get(key, values) if v in values]
+                waiting += [by_key[key]] if key in by_key else []
+        return {key: values[0] for key, values in allowed.items() if values}
+
+    def sampled(forced: Params) -> Params:
+        return space.sample(lambda leaf: forced.get(leaf.key, leaf.default))
 
     for leaf in space.leaves:
         for value in leaf.examples():
-            forced = {**needed(leaf), leaf.key: value}
-
-            def choose(other: Leaf, forced: Params = forced) -> Value:
-                return forced.get(other.key, other.default)
-
-            params = space.sample(choose)
+            params = sampled({**needed(leaf), leaf.key: value})
             if leaf.key not in params:
                 raise SpaceError(f"{space.name}: {leaf.key}: its when is never true")
             space.config(params)
@@ -396,6 +396,5 @@ def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if not isinstance(first["input"], str | bool | int | float):
-        return f"{key}: {message}"
-    return f"{key}: {message} (given: {first['input']!r})"
+    given = f" (given: {first['input']!r})" if isinstance(first["input"], Value) else ""
+    return f"{key}: {message}{given}"
