@@ -16,6 +16,7 @@ import optuna
 from tune_steel.errors import NonFiniteLossError, RunError, SearchFailedError
 from tune_steel.evaluate import SEEDS, evaluate
 from tune_steel.fit import prepare_process
+from tune_steel.insight import insight_lines, study_insight
 from tune_steel.options import Options
 from tune_steel.problem import Problem, resolve
 from tune_steel.ray_tune import ray_session, run_trials
@@ -256,13 +257,16 @@ def _finish(options: Options, problem: Problem, folder: RunFolder, searcher: Stu
     except NonFiniteLossError as error:
         raise SearchFailedError(f"the best trial cannot be retrained: {error}") from error
     folder.write_evaluation(evaluation)
+    insight = study_insight(records, best, problem.space, options.max_epochs)
     folder.write_record(
         best_trial=best.number,
+        insight=insight.as_dict(),
         evaluate_seconds=time.monotonic() - started,
         state="finished" if signal is None else "cut short",
     )
     report = (
         search_summary(records, best),
+        *insight_lines(insight),
         *evaluation_summary(evaluation, problem.task.classes),
         *([_looked_before(looks)] if looks > 1 else []),
     )
