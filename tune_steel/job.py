@@ -257,11 +257,12 @@ def _finish(options: Options, problem: Problem, folder: RunFolder, searcher: Stu
     except NonFiniteLossError as error:
         raise SearchFailedError(f"the best trial cannot be retrained: {error}") from error
     folder.write_evaluation(evaluation)
+    seconds = time.monotonic() - started
     insight = study_insight(records, best, problem.space, options.max_epochs)
     folder.write_record(
         best_trial=best.number,
         insight=insight.as_dict(),
-        evaluate_seconds=time.monotonic() - started,
+        evaluate_seconds=seconds,
         state="finished" if signal is None else "cut short",
     )
     report = (
