@@ -127,7 +127,6 @@ def modelled() -> list[Setting]:
         Setting(f"random, {OTHER.name}", **other),
         Setting("tpe, none", "none", search="tpe"),
         Setting("random, none", "none"),
-        Setting(f"gp, {DEFAULT.name}", search="gp", share=0.25, **mine),
     ]
 
 
@@ -256,8 +255,7 @@ def _compare(
     default: list[list[Mark]] = []
     for setting in settings:
         started = time.monotonic()
-        count = max(2, round(repeats * setting.share))
-        marks = [play(setting, repeat=repeat) for repeat in range(count)]
+        marks = [play(setting, repeat=repeat) for repeat in range(repeats)]
         default = default or marks
         found = summarize(marks, default, lowest)
         rows += [{"task": task, "part": part, "setting": setting.name, **row} for row in found]

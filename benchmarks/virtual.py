@@ -48,7 +48,6 @@ class Setting:
         metric: What the scheduler compares.
         search: How configs are found.
         tpe: Options of Optuna's TPESampler, in the place of the product's.
-        share: Of the repeats.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Setting:
     metric: str = METRIC
     search: SearchName = "random"
     tpe: Mapping[str, Any] = field(default_factory=dict)
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
