@@ -349,9 +349,12 @@ def _dry_run(options: Options, problem: Problem) -> None:
     folds = ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
-    begin(study, beginning(options, space, {}))
+    first = beginning(options, space, RunFolder(options.output, options, problem).record)
+    for note in first.notes:
+        say(note)
+    begin(study, first)
     fixed = dict(enumerate(grid(space, options.seed))) if options.search == "grid" else None
-    first = [
+    configs = [
         ask(study, space, options.search, options.seed, fixed)[1]
         for _ in range(min(_FIRST_CONFIGS, options.budget.samples, len(fixed or range(99))))
     ]
@@ -370,7 +373,7 @@ def _dry_run(options: Options, problem: Problem) -> None:
         f"space {space.name}:",
         *(f"  {key} = {json.dumps(v)}" for key, v in sorted(space.as_dict().items())),
         "first configs:",
-        *(f"  {record.slot}: {json.dumps(record.params)}" for record in first),
+        *(f"  {record.slot}: {json.dumps(record.params)}" for record in configs),
     ]
     show("\n".join(lines) + "\n")
     _warn_of_stand_in(problem)

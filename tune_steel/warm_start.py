@@ -105,6 +105,11 @@ def _completed(given: Mapping[str, Any], space: Space) -> Params:
 
     def choose(leaf: Leaf) -> Value:
         value = given.get(leaf.key)
+        if leaf.kind == "choices":
+            # A column of a table has one type: the choices 0 and 0.5 come back as 0.0 and 0.5.
+            boolean = isinstance(value, bool)
+            same = (v for v in leaf.values if v == value and isinstance(v, bool) == boolean)
+            return next(same, leaf.default)
         if value is None or not leaf.holds(value):
             return leaf.default
         return float(value) if leaf.kind == "float" else value
@@ -130,7 +135,8 @@ def _of_a_run(path: Path, space: Space, record: Mapping[str, Any], out: Beginnin
     else:
         out.trials += [_imported(t, earlier["run"]) for t in ended]
         out.notes.append(f"--warm-start {path}: {len(ended)} trials inform the sampler")
-    if "split" in changed and "data" not in changed:
+    searched_on = set(record["splits"]["test_rows"]) - set(earlier["splits"]["test_rows"])
+    if searched_on and "data" not in changed:
         out.notes.append(
             f"--warm-start {path}: it searched on some of this run's test rows, which flatters "
             "the test scores; use the same --seed and --split for clean ones"
