@@ -7,7 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.simulate import DEFAULT, asha, read_curves, record, summarize
+from benchmarks.simulate import (
+    DEFAULT,
+    PAGE,
+    PUBLISHED,
+    asha,
+    markdown,
+    modelled,
+    read_curves,
+    record,
+    summarize,
+)
 from benchmarks.surrogate import Curve, Surrogate, random_params
 from benchmarks.virtual import Mark, Search, Setting, model, replay
 from tune_steel.scheduler import rungs
@@ -179,3 +189,22 @@ def test_a_runs_curves_are_kept_and_failed_trials_left_out(tmp_path: Path) -> No
         Curve({"model.depth": 1}, (0.5, 0.4), True, 0.75),
     ]
     assert curves[0].best == [0.9, 0.7, 0.7]
+
+
+def test_the_page_of_the_defaults_shows_the_published_figures() -> None:
+    page = PAGE.read_text()
+    for part in ("replay", "surrogate"):
+        assert f"<!-- {part} -->\n{markdown(part)}<!-- end -->" in page
+
+
+def test_the_products_defaults_are_those_that_were_compared_first() -> None:
+    """What all others were compared with is what `make search` does."""
+    options = json.loads((PUBLISHED.parent / "runs.json").read_text())[0]["options"]
+    assert (options["grace_period"], options["reduction_factor"]) == (
+        DEFAULT.grace,
+        DEFAULT.factor,
+    )
+    first = modelled()[0]
+    assert (first.search, first.tpe) == ("tpe", {})
+    repeats = {r["part"]: r["repeats"] for r in pq.read_table(PUBLISHED).to_pylist()}
+    assert repeats == {"replay": 60, "surrogate": 20}
