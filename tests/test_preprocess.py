@@ -430,7 +430,7 @@ def test_a_stored_model_holds_no_pickle(tmp_path):
         header = json.loads(content[8 : 8 + length])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
         assert 8 + length + max(ends) == len(content)
-    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 1
+    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 2
 
 
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
@@ -452,8 +452,8 @@ def test_a_model_with_a_file_that_was_cut_off_is_an_error_that_names_the_folder(
 def test_a_model_of_another_format_is_an_error_that_names_both(tmp_path):
     save_model(fitted_model("standard", 2), tmp_path)
     path = tmp_path / "model.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(DataError, match="model format 2, known is 1"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(DataError, match="model format 9, known is 2"):
         load_model(tmp_path)
 
 

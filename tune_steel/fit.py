@@ -20,16 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from tune_steel.config import OptimizerConfig, TrialConfig
+from tune_steel.config import TrialConfig
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
+from tune_steel.fused import Adam, Backprop, DropoutMasks
 from tune_steel.metrics import IGNORED, Scorer
-from tune_steel.networks import DropoutMasks, StackedMLP, log_probabilities, output_width
+from tune_steel.networks import StackedMLP, log_probabilities, output_width
 from tune_steel.preprocess import Preprocessing, fit_preprocessing
 from tune_steel.seeds import derive
 from tune_steel.splits import Development
 
 _ROWS_A_CHUNK = 65_536
+_ROWS_A_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,12 @@ class Fit:
         )
         x = torch.from_numpy(self.preprocessing.transform(development.features))
         y = torch.tensor(development.y)  # a copy: Ray's shared arrays are read-only
-        self._rows = len(y)
         self._x = x.to(self._device)
-        self._x_flat = self._x.flatten(0, 1)
         self._y = y.to(self._device)
         self._train = [torch.tensor(rows) for rows in train]
         # Folds differ by a few rows; a few rows, other ones each epoch, sit out in the larger.
         self._rows_an_epoch = min(len(rows) for rows in train)
         self._val = self._pad([rows for _, rows in folds])
-        self._offsets = torch.arange(len(seeds)).unsqueeze(1) * self._rows
 
         classes = len(development.classes)
         self.network = StackedMLP(
@@ -137,7 +136,8 @@ class Fit:
             config.model.dropout,
             [_generator(seed, "dropout", device) for seed in seeds],
         )
-        self._optimizer = _optimizer(config.optimizer, self.network)
+        self._backprop = Backprop(self.network)
+        self._optimizer = Adam(config.optimizer, self._backprop)
         self._loss = TrainingLoss(config, development, self._device)
         self._scorer = Scorer(development.reference_weights, self._device)
         self.best_state: dict[str, Tensor] | None = None
@@ -184,33 +184,50 @@ class Fit:
     def train_epoch(self, learning_rate: float) -> Floats:
         """One pass over the training rows in a new order; the mean training loss [R]."""
         self._optimizer.param_groups[0]["lr"] = learning_rate
-        self.network.train()
-        batch_size = self._config.optimizer.batch_size
-        rows = self._rows_an_epoch
         order = torch.stack(
             [
-                train[torch.randperm(len(train), generator=generator)[:rows]]
+                train[torch.randperm(len(train), generator=generator)[: self._rows_an_epoch]]
                 for train, generator in zip(self._train, self._batches, strict=True)
             ]
-        )
-        flat = (order + self._offsets).to(self._device)
-        order = order.to(self._device)
-        total = torch.zeros(len(order), device=self._device)
-        # The last batch may be shorter, but not one row: batch norm needs a variance.
-        starts = [s for s in range(0, rows, batch_size) if rows - s > 1]
-        for start in starts:
-            batch = slice(start, min(start + batch_size, rows))
-            size = batch.stop - batch.start
-            x = self._x_flat[flat[:, batch]]
-            masks = self._masks.draw(size) if self.network.dropout > 0 else None
-            losses = self._loss(self.network(x, masks), self._y[order[:, batch]])
-            self._optimizer.zero_grad(set_to_none=True)
-            # Replicas share no parameter: the gradient of the sum is each one's own gradient.
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
-            total += losses.detach() * size
-        seen = min(starts[-1] + batch_size, rows)
-        return (total.double() / seen).cpu().numpy()
+        ).to(self._device)
+        total = torch.zeros(len(order), dtype=torch.float64, device=self._device)
+        seen = 0
+        # Rows and targets of many batches are looked up at once, and their losses added at once.
+        for rows, size in self._blocks():
+            index = order[:, rows].reshape(len(order), -1, size).transpose(0, 1)  # [steps, R, B]
+            targets = self._loss.targets(self._y[index], self._x.dtype)
+            logits = torch.stack(
+                [self._step(*batch) for batch in zip(self._rows_of(index), *targets, strict=True)]
+            )
+            total += self._loss.values(logits, targets).sum(0) * size
+            seen += index.shape[0] * size
+        return (total / seen).cpu().numpy()
+
+    def _blocks(self) -> Iterator[tuple[slice, int]]:
+        """Positions of the epoch's order, block by block, and the rows of a batch in each.
+
+        The last batch may be shorter, but not one row: batch norm needs a variance.
+        """
+        size, rows = self._config.optimizer.batch_size, self._rows_an_epoch
+        whole = rows - rows % size
+        most = max(_ROWS_A_BLOCK // size, 1) * size
+        for start in range(0, whole, most):
+            yield slice(start, min(start + most, whole)), size
+        if rows - whole > 1:
+            yield slice(whole, rows), rows - whole
+
+    def _step(self, x: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+        """One step on a batch; its logits."""
+        masks = self._masks.draw(x.shape[1]) if self.network.dropout > 0 else ()
+        logits = self._backprop.forward(x, masks)
+        self._backprop.backward(self._loss.gradient(logits, counted, weight))
+        self._optimizer.update()
+        return logits
+
+    def _rows_of(self, index: Tensor) -> Tensor:
+        """Features [..., R, n, D] of the rows at positions [..., R, n]."""
+        replica = torch.arange(len(self._x), device=self._device).unsqueeze(1)
+        return self._x[replica, index]
 
     def score(self) -> dict[str, Floats]:
         """Validation scores of each replica with the current weights, by name, each [R]."""
@@ -226,8 +243,7 @@ class Fit:
         ]
 
     def _logits(self, positions: Tensor) -> Tensor:
-        replica = torch.arange(len(positions), device=self._device).unsqueeze(1)
-        return predict_logits(self.network, self._x[replica, positions])
+        return predict_logits(self.network, self._rows_of(positions))
 
     def _pad(self, folds: Sequence[Ints]) -> Tensor:
         """Validation positions [R, longest], filled up with `IGNORED`."""
@@ -245,55 +261,61 @@ class Fit:
 
 
 class TrainingLoss:
-    """The loss that trains a trial: cross-entropy on logits with the config's class weights."""
+    """The loss that trains a trial: cross-entropy on logits with the config's class weights.
+
+    Two classes: the mean of `binary_cross_entropy_with_logits` with `pos_weight`. More: the
+    weighted mean of `cross_entropy`, that is, over the sum of the rows' weights.
+
+    A row's loss is -sum_c q_c log p_c, where q is the smoothed one-hot vector of its class times
+    the class weights: the gradient of its logits is p sum(q) - q.
+    """
 
     def __init__(
         self, config: TrialConfig, development: Development, device: torch.device
     ) -> None:
-        loss = config.loss
-        self._smoothing = loss.label_smoothing
-        self._pos_weight = torch.tensor(loss.pos_weight or 1.0, device=device)
-        if loss.class_weights is not None:
+        loss, classes = config.loss, len(development.classes)
+        if classes == 2:
+            weights = np.array([1.0, loss.pos_weight or 1.0])
+        elif loss.class_weights is not None:
             weights = np.array([loss.class_weights[name] for name in development.classes])
         else:
             weights = development.reference_weights ** (loss.class_weight_power or 0.0)
-        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        even = loss.label_smoothing / classes
+        q = ((1 - loss.label_smoothing) * np.eye(classes) + even) * weights
 
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Mean loss [R] of logits [R, B, K] and class indices [R, B].
+        self._minus_q = torch.tensor(-q[:, 1:] if classes == 2 else -q, device=device)
+        self._sum = torch.tensor(q.sum(axis=1, keepdims=True), device=device)
+        self._shares = torch.tensor(np.ones(2) if classes == 2 else weights, device=device)
 
-        Two classes: the mean of `binary_cross_entropy_with_logits` with `pos_weight`. More: the
-        weighted mean of `cross_entropy`, that is, over the sum of the rows' weights.
-        """
-        replicas, rows, outputs = logits.shape
-        if outputs == 1:
-            target = y.to(logits.dtype) * (1 - self._smoothing) + self._smoothing / 2
-            return functional.binary_cross_entropy_with_logits(
-                logits.squeeze(-1), target, pos_weight=self._pos_weight, reduction="none"
-            ).mean(1)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1),
-            y.flatten(),
-            weight=self._weights,
-            label_smoothing=self._smoothing,
-            reduction="none",
-        )
-        return losses.view(replicas, rows).sum(1) / self._weights[y].sum(1)
+    def targets(self, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the loss needs of the classes [..., B] of a batch: -q [..., B, K] and sum(q)."""
+        total = self._shares[y].sum(-1)[..., None, None]
+        return (self._minus_q[y] / total).to(dtype), (self._sum[y] / total).to(dtype)
+
+    def values(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean loss [...] of logits [..., B, K]."""
+        minus_q, total = targets
+        logits = logits.double()
+        if logits.shape[-1] == 1:
+            normalizer = -functional.logsigmoid(-logits)
+        else:
+            normalizer = logits.logsumexp(-1, keepdim=True)
+        rows = total * normalizer + (minus_q * logits).sum(-1, keepdim=True)
+        return rows.sum((-2, -1))
+
+    def gradient(self, logits: Tensor, minus_q: Tensor, total: Tensor) -> Tensor:
+        """The gradient of the mean loss in the logits."""
+        p = logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
+        return torch.addcmul(minus_q, p, total)
 
 
 def _generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(derive(seed, purpose))
 
 
-def _optimizer(config: OptimizerConfig, network: torch.nn.Module) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
 @torch.no_grad()
 def predict_logits(network: torch.nn.Module, x: Tensor) -> Tensor:
     """Logits [R, N, K] of features [R, N, D] in evaluation mode, in chunks of rows."""
-    network.eval()
     chunk = max(_ROWS_A_CHUNK // len(x), 1)
     return torch.cat([network(part) for part in torch.split(x, chunk, dim=1)], dim=1)
 

@@ -30,7 +30,16 @@ class StackedLinear(nn.Module):
     replica's drawn from its own generator.
     """
 
-    def __init__(self, inputs: int, outputs: int, generators: Sequence[torch.Generator]) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        generators: Sequence[torch.Generator],
+        *,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
 
@@ -42,10 +51,12 @@ class StackedLinear(nn.Module):
             return nn.Parameter(torch.stack(drawn))
 
         self.weight = draw(inputs)
-        self.bias = draw(1)
+        self.register_parameter("bias", draw(1) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -65,30 +76,21 @@ class StackedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(replicas, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises with the batch's statistics in training, with the running ones else."""
-        if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
-        # Two means instead of torch.var_mean, which takes about twenty times as long over this
-        # axis on a CPU.
-        mean = x.mean(1, keepdim=True)
-        centred = x - mean
-        var = (centred * centred).mean(1, keepdim=True)
-        with torch.no_grad():
-            rows = x.shape[1]
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (rows / (rows - 1)), self.momentum)
-        return torch.addcmul(self.bias, centred * torch.rsqrt(var + self.eps), self.weight)
+        """Normalises with the running statistics."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
 
 
 class StackedMLP(nn.Module):
     """R multi-layer perceptrons: [R, B, D] -> logits [R, B, K].
 
-    K is 1 for two classes (the logit of the second class), else the number of classes.
+    K is 1 for two classes (the logit of the second class), else the number of classes. This is
+    the trained network; `fused.Backprop` is how it is trained. A linear layer before a batch norm
+    has no bias: the norm would take it out again.
 
     Attributes:
-        widths: Units of each hidden layer.
-        dropout: Dropout probability of each hidden layer.
+        activation: Name of the activation.
+        dropout: Dropout probability of each hidden layer in training.
     """
 
     def __init__(
@@ -107,67 +109,25 @@ class StackedMLP(nn.Module):
             generators: One for each replica.
         """
         super().__init__()
-        self.widths = config.widths
+        self.activation = config.activation
         self.dropout = config.dropout
-        self._activation = _ACTIVATIONS[config.activation]
-        sizes = [inputs, *self.widths]
+        self._activate = _ACTIVATIONS[config.activation]
+        sizes = [inputs, *config.widths]
         replicas = len(generators)
-        self.linears = nn.ModuleList(StackedLinear(a, b, generators) for a, b in pairwise(sizes))
+        self.linears = nn.ModuleList(
+            StackedLinear(a, b, generators, bias=not config.batch_norm) for a, b in pairwise(sizes)
+        )
         self.norms = nn.ModuleList(
             StackedBatchNorm(replicas, width) if config.batch_norm else nn.Identity()
-            for width in self.widths
+            for width in config.widths
         )
         self.head = StackedLinear(sizes[-1], outputs, generators)
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits of a batch.
-
-        Args:
-            x: Features [R, B, D].
-            masks: In training, for each hidden layer what its output [R, B, width] is multiplied
-                with: 0 or 1 / (1 - dropout).
-        """
-        for layer, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
-            x = self._activation(norm(linear(x)))
-            if masks is not None:
-                x = x * masks[layer]
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of features, without dropout and with the running statistics."""
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = self._activate(norm(linear(x)))
         return self.head(x)  # type: ignore[no-any-return]
-
-
-class DropoutMasks:
-    """Draws each replica's dropout masks from that replica's own generator.
-
-    A 16-bit random integer decides each unit, 4 to a 64-bit draw: an eighth of the time of
-    `bernoulli_` on a CPU, and a probability that is right to 2^-16.
-    """
-
-    def __init__(
-        self, widths: Sequence[int], dropout: float, generators: Sequence[torch.Generator]
-    ) -> None:
-        self._widths = list(widths)
-        self._generators = generators
-        threshold = round(dropout * 2**16)
-        self._threshold = threshold - 2**15
-        self._scale = 2**16 / (2**16 - threshold) if threshold < 2**16 else 0.0
-
-    def draw(self, rows: int) -> list[Tensor]:
-        """Masks [R, rows, width] of each hidden layer, scaled so that the mean is 1."""
-        units = rows * sum(self._widths)
-        device = self._generators[0].device
-        # One row per replica, whole 64-bit words each, so that what a replica draws does not
-        # depend on how many others there are.
-        words = torch.empty(
-            (len(self._generators), -(-units // 4)), dtype=torch.int64, device=device
-        )
-        for row, generator in zip(words, self._generators, strict=True):
-            row.random_(-(2**63), None, generator=generator)
-        kept = words.view(torch.int16)[:, :units] >= self._threshold
-        masks = kept.to(torch.float32).mul_(self._scale)
-        parts = torch.split(masks, [rows * width for width in self._widths], dim=1)
-        return [
-            part.reshape(len(words), rows, width)
-            for part, width in zip(parts, self._widths, strict=True)
-        ]
 
 
 def output_width(classes: int) -> int:

@@ -23,7 +23,7 @@ from tune_steel.fit import predict_probabilities
 from tune_steel.networks import StackedMLP, output_width
 from tune_steel.preprocess import Preprocessing
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
