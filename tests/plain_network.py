@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tune_steel.config import ModelConfig
+from tune_steel.networks import StackedHead
 
 PLAIN_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 WIDTHS = (7, 6, 4, 3)
@@ -23,12 +24,15 @@ def model_config(depth, **settings):
 
 
 def copy_linear(stacked, replica):
-    plain = nn.Linear(*stacked.weight.shape[1:], bias=stacked.bias is not None)
+    weight = stacked.weight[replica].detach()
+    if not isinstance(stacked, StackedHead):
+        weight = weight.T
+    plain = nn.Linear(*reversed(weight.shape), bias=stacked.bias is not None)
     with torch.no_grad():
-        plain.weight.copy_(stacked.weight[replica].T)
+        plain.weight.copy_(weight)
         if stacked.bias is not None:
-            plain.bias.copy_(stacked.bias[replica, 0])
-    return plain.to(stacked.weight.dtype)
+            plain.bias.copy_(stacked.bias[replica].flatten())
+    return plain.to(weight.dtype)
 
 
 class PlainMLP(nn.Module):

@@ -230,11 +230,10 @@ def test_a_fit_of_one_replica_equals_a_plain_loop_over_torch_nn(classes, setting
         assert record.val_loss == pytest.approx(val_loss, rel=1e-6)
         assert record.learning_rate == pytest.approx(learning_rate, rel=1e-12)
     assert records[-1].learning_rate < 0.1  # a plateau was among the epochs
-    linears = zip(fit.network.linears, plain.linears, strict=True)
-    for ours, theirs in (*linears, (fit.network.head, plain.head)):
-        assert_close(ours.weight[0].T, theirs.weight)
-        if ours.bias is not None:
-            assert_close(ours.bias[0, 0], theirs.bias)
+    for layer, stacked in enumerate((*fit.network.linears, fit.network.head)):
+        ours, theirs = copy_linear(stacked, 0), [*plain.linears, plain.head][layer]
+        for name, parameter in theirs.named_parameters():
+            assert_close(ours.get_parameter(name), parameter)
     if config.model.batch_norm:
         for ours, theirs in zip(fit.network.norms, plain.norms, strict=True):
             assert_close(ours.weight[0, 0], theirs.weight)

@@ -32,31 +32,39 @@ def masks_of(config, replicas, rows=ROWS, seed=10):
     ]
 
 
-def gradients_of(stacked, backprop):
-    """Gradient of each parameter, by name."""
-    sizes = [parameter.numel() for parameter in stacked.parameters()]
-    parts = torch.split(backprop.gradients, sizes)
-    named = zip(stacked.named_parameters(), parts, strict=True)
-    return {name: part.view(parameter.shape) for (name, parameter), part in named}
+def parts_of(flat, stacked, backprop):
+    """The part of a flat tensor that belongs to each parameter, by name."""
+    start = backprop.parameters.data_ptr()
+    out = {}
+    for name, parameter in stacked.named_parameters():
+        assert parameter.data_ptr() % 64 == 0
+        offset = (parameter.data_ptr() - start) // parameter.element_size()
+        out[name] = flat[offset : offset + parameter.numel()].view(parameter.shape)
+    return out
 
 
 def plain_gradients(plain, like):
     """Gradients of a plain network under the names and in the shapes of a stacked one."""
     out = {}
     for name, parameter in plain.named_parameters():
-        gradient = parameter.grad.T if parameter.ndim == 2 else parameter.grad
+        turned = parameter.ndim == 2 and not name.startswith("head")
+        gradient = parameter.grad.T if turned else parameter.grad
         out[name] = gradient.reshape(like[name].shape[1:])
     return out
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_the_training_pass_of_each_replica_equals_torch_nn_and_autograd(
-    depth, activation, batch_norm, dropout, replicas
+    depth, activation, batch_norm, dropout, replicas, dtype, tolerance
 ):
+    def assert_close(ours, theirs):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
     stacked, config = network(
         replicas, depth=depth, activation=activation, batch_norm=batch_norm, dropout=dropout
     )
@@ -64,29 +72,29 @@ def test_the_training_pass_of_each_replica_equals_torch_nn_and_autograd(
         for norm in stacked.norms if batch_norm else ():
             norm.weight.copy_(normal(*norm.weight.shape, seed=20))
             norm.bias.copy_(normal(*norm.bias.shape, seed=21))
-    plains = [PlainMLP(stacked, config, r) for r in range(replicas)]
-    backprop = Backprop(stacked)
+    plains = [PlainMLP(stacked, config, r).to(dtype) for r in range(replicas)]
+    backprop = Backprop(stacked.to(dtype))
     # Batches of several sizes, the smallest where the unbiased variance matters most.
     for step, rows in enumerate((ROWS, 2, 5)):
-        x = normal(replicas, rows, FEATURES, seed=step)
+        x = normal(replicas, rows, FEATURES, seed=step).to(dtype)
         masks = masks_of(config, replicas, rows, seed=10 + step)
         logits = backprop.forward(x.clone(), masks)
         backprop.backward(2 * logits)
-        ours = gradients_of(stacked, backprop)
+        ours = parts_of(backprop.gradients, stacked, backprop)
         for r, plain in enumerate(plains):
             plain.zero_grad()
             expected = plain(x[r], [mask[r] for mask in masks] or None)
             expected.square().sum().backward()
-            torch.testing.assert_close(logits[r], expected, rtol=1e-4, atol=1e-5)
+            assert_close(logits[r], expected)
             theirs = plain_gradients(plain, ours)
             assert ours.keys() == theirs.keys()
             for name, gradient in ours.items():
-                torch.testing.assert_close(gradient[r], theirs[name], rtol=1e-3, atol=1e-4)
+                assert_close(gradient[r], theirs[name])
     for r, plain in enumerate(plains):
         for norm, theirs in zip(stacked.norms, plain.norms, strict=True):
             if batch_norm:
-                torch.testing.assert_close(norm.running_mean[r, 0], theirs.running_mean)
-                torch.testing.assert_close(norm.running_var[r, 0], theirs.running_var)
+                assert_close(norm.running_mean[r, 0], theirs.running_mean)
+                assert_close(norm.running_var[r, 0], theirs.running_var)
 
 
 class Traced(torch.autograd.Function):
@@ -126,10 +134,8 @@ def test_the_parameters_of_the_network_are_views_of_the_flat_ones():
     backprop.parameters.fill_(7.0)
     assert all((parameter == 7).all() for parameter in stacked.parameters())
     stacked.load_state_dict(before)
-    assert torch.equal(
-        backprop.parameters,
-        torch.cat([before[n].flatten() for n, _ in stacked.named_parameters()]),
-    )
+    for name, part in parts_of(backprop.parameters, stacked, backprop).items():
+        assert torch.equal(part, before[name]), name
 
 
 def norm_alone(norm):
@@ -186,19 +192,18 @@ def test_each_update_equals_that_of_torch_on_separate_parameters(name, weight_de
     for step in range(20):
         if step == 10:
             ours.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.003
-        gradient = normal(len(backprop.gradients), seed=step).to(dtype)
-        backprop.gradients.copy_(gradient)
-        for parameter, part in zip(
-            theirs, torch.split(gradient, [p.numel() for p in theirs]), strict=True
-        ):
-            parameter.grad = part.view(parameter.shape)
+        backprop.gradients.copy_(normal(len(backprop.gradients), seed=step))
+        gradients = parts_of(backprop.gradients, stacked, backprop)
+        for parameter, gradient in zip(theirs, gradients.values(), strict=True):
+            parameter.grad = gradient.clone()
         ours.update()
         plain.step()
         for own, parameter in zip(stacked.parameters(), theirs, strict=True):
             torch.testing.assert_close(own, parameter)
-        for index, key in enumerate(("exp_avg", "exp_avg_sq")):
-            state = torch.cat([plain.state[parameter][key].flatten() for parameter in theirs])
-            torch.testing.assert_close(ours.moments[index], state)
+        for moment, key in zip(ours.moments, ("exp_avg", "exp_avg_sq"), strict=True):
+            parts = parts_of(moment, stacked, backprop).values()
+            for part, parameter in zip(parts, theirs, strict=True):
+                torch.testing.assert_close(part, plain.state[parameter][key])
     assert int(ours.steps) == int(plain.state[theirs[0]]["step"]) == 20
 
 

@@ -9,18 +9,20 @@ Nothing here waits for a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.adam import adam
 
 from tune_steel.config import OptimizerConfig
-from tune_steel.networks import StackedBatchNorm, StackedLinear, StackedMLP
+from tune_steel.networks import StackedBatchNorm, StackedHead, StackedLinear, StackedMLP
 
 _aten = torch.ops.aten  # the functions that autograd's backward calls
-_Gradients = dict[nn.Parameter, Tensor]
+_UNITS_A_DRAW = 2**15
+_ALIGNMENT = 16  # numbers; 64 bytes in single precision
+_Gradients: TypeAlias = dict[nn.Parameter, Tensor]
 
 
 class Backprop:
@@ -28,7 +30,7 @@ class Backprop:
 
     Attributes:
         parameters: All parameters, flat; the network's own become views of them.
-        gradients: Their gradients, from the latest backward pass.
+        gradients: Their gradients, from the latest backward pass; 0 between the parameters.
     """
 
     def __init__(self, network: StackedMLP) -> None:
@@ -55,7 +57,7 @@ class Backprop:
             if network.dropout > 0:
                 self._dropouts.append(_Dropout())
                 yield self._dropouts[-1]
-        yield _Linear(network.head, gradients)
+        yield _Head(network.head, gradients)
 
     def forward(self, x: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         """Logits [R, B, K] of a batch; moves the running statistics.
@@ -91,9 +93,7 @@ class _Layer(Protocol):
 
 
 class _Linear:
-    def __init__(
-        self, layer: StackedLinear, gradients: _Gradients, *, to_input: bool = True
-    ) -> None:
+    def __init__(self, layer: StackedLinear, gradients: _Gradients, *, to_input: bool) -> None:
         self._weight = layer.weight.detach()
         self._weight_gradient = gradients[layer.weight]
         self._bias = None if layer.bias is None else layer.bias.detach()
@@ -113,38 +113,56 @@ class _Linear:
         return torch.bmm(gradient, self._weight.transpose(1, 2)) if self._to_input else gradient
 
 
+class _Head:
+    def __init__(self, layer: StackedHead, gradients: _Gradients) -> None:
+        self._weight, self._bias = layer.weight.detach(), layer.bias.detach()
+        self._weight_gradient = gradients[layer.weight]
+        self._bias_gradient = gradients[layer.bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._x = x
+        return torch.baddbmm(self._bias, self._weight, x.transpose(1, 2)).transpose(1, 2)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        outputs_first = gradient.transpose(1, 2).contiguous()
+        torch.bmm(outputs_first, self._x, out=self._weight_gradient)
+        torch.sum(outputs_first, 2, keepdim=True, out=self._bias_gradient)
+        return torch.bmm(gradient, self._weight)
+
+
 class _BatchNorm:
     """With c = x - mean: y = bias + c * weight / deviation."""
 
     def __init__(
-        self, norm: StackedBatchNorm, gradients: _Gradients, mean: Tensor, squares: Tensor
+        self, norm: StackedBatchNorm, gradients: _Gradients, sums: Tensor, squares: Tensor
     ) -> None:
         self._weight, self._bias = norm.weight.detach(), norm.bias.detach()
         self._weight_gradient = gradients[norm.weight]
         self._bias_gradient = gradients[norm.bias]
-        self._mean, self._squares = mean, squares
-        self._eps = norm.eps
+        self._sums, self._squares = sums, squares
+        # Calls with a Python number take longer than calls with a tensor of one.
+        self._eps = sums.new_tensor(norm.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         # Two plain sums instead of torch.var_mean, which takes twenty times as long over this
         # axis on a CPU. Centred first: mean of squares less square of mean would lose the
         # variance of a column whose mean is large.
-        torch.mean(x, 1, keepdim=True, out=self._mean)
-        self._centred = x.sub_(self._mean)
+        share = 1 / x.shape[1]
+        torch.sum(x, 1, keepdim=True, out=self._sums)
+        self._centred = x.sub_(self._sums, alpha=share)
         torch.sum(x * x, 1, keepdim=True, out=self._squares)
-        self._inverse = (self._squares / x.shape[1]).add_(self._eps).rsqrt_()
+        self._inverse = torch.add(self._eps, self._squares, alpha=share).rsqrt_()
         self._scale = self._weight * self._inverse
         return torch.addcmul(self._bias, self._centred, self._scale)
 
     def backward(self, gradient: Tensor) -> Tensor:
-        rows = gradient.shape[1]
         torch.sum(gradient, 1, keepdim=True, out=self._bias_gradient)
         product = gradient * self._centred
         torch.sum(product, 1, keepdim=True, out=self._weight_gradient)
         slope = self._weight_gradient.mul_(self._inverse) * self._inverse
         # What the input moves through the mean and through the variance.
         indirect = torch.addcmul(self._bias_gradient, self._centred, slope, out=product)
-        return gradient.sub_(indirect, alpha=1 / rows).mul_(self._scale)
+        return gradient.sub_(indirect, alpha=1 / gradient.shape[1]).mul_(self._scale)
 
 
 class _ReLU:
@@ -197,8 +215,8 @@ class _Statistics:
     """Running statistics of all batch norms, moved together.
 
     Attributes:
-        batch: For each norm, where it leaves the mean and the sum of squared deviations of a
-            batch, [R, 1, width] each.
+        batch: For each norm, where it leaves the sum of a batch and the sum of its squared
+            deviations, [R, 1, width] each.
     """
 
     def __init__(self, norms: Sequence[StackedBatchNorm]) -> None:
@@ -208,16 +226,18 @@ class _Statistics:
             norm.running_mean, norm.running_var = mean, var
         batch, views = _flat(buffers)
         self.batch = list(zip(views, views[len(norms) :], strict=False))
+        # Means in the first half, variances in the second.
         self._running, self._batch = running.view(2, -1), batch.view(2, -1)
+        self._momentum = StackedBatchNorm.momentum
+        self._kept = running.new_tensor(1 - self._momentum)
         self._shares: dict[int, Tensor] = {}
 
     def move(self, rows: int) -> None:
         """Takes a batch of so many rows into the running means and unbiased variances."""
-        momentum = StackedBatchNorm.momentum
         if rows not in self._shares:
-            shares = [[momentum], [momentum / (rows - 1)]]
+            shares = [[self._momentum / rows], [self._momentum / (rows - 1)]]
             self._shares[rows] = self._running.new_tensor(shares)
-        self._running.mul_(1 - momentum).addcmul_(self._batch, self._shares[rows])
+        self._running.mul_(self._kept).addcmul_(self._batch, self._shares[rows])
 
 
 class DropoutMasks:
@@ -235,45 +255,45 @@ class DropoutMasks:
         dropped = min(round(dropout * 2**16), 2**16 - 1)
         self._threshold = dropped - 2**15
         self._scale = 2**16 / (2**16 - dropped)
-        self._drawn = torch.empty(len(generators), 0)
+        self._rows = 0
+        self._drawn: list[list[Tensor]] = []
 
     def draw(self, rows: int) -> list[Tensor]:
         """Masks [R, rows, width] of each hidden layer, scaled so that the mean is 1."""
-        parts = [rows * width for width in self._widths]
-        units = sum(parts)
-        if self._drawn.shape[1] < units:
-            self._drawn = self._refill(units)
-        masks = torch.split(self._drawn[:, :units], parts, dim=1)
-        self._drawn = self._drawn[:, units:]
-        return [
-            mask.view(-1, rows, width) for mask, width in zip(masks, self._widths, strict=True)
-        ]
+        if rows != self._rows or not self._drawn:
+            self._rows, self._drawn = rows, self._batches(rows)
+        return self._drawn.pop()
 
-    def _refill(self, units: int) -> Tensor:
-        """Masks of some batches: for small networks a call costs more than its numbers.
+    def _batches(self, rows: int) -> list[list[Tensor]]:
+        """Masks of several batches: for small networks a call costs more than its numbers.
 
         How many does not depend on the number of replicas, nor does what a replica draws.
         """
-        batches = max(_UNITS_A_DRAW // units, 1)
+        parts = [rows * width for width in self._widths]
+        batches = max(_UNITS_A_DRAW // sum(parts), 1)
         words = torch.empty(
-            (len(self._generators), -(-batches * units // 4)),
+            (len(self._generators), -(-batches * sum(parts) // 4)),
             dtype=torch.int64,
             device=self._generators[0].device,
         )
         for row, generator in zip(words, self._generators, strict=True):
             row.random_(-(2**63), None, generator=generator)
-        kept = words.view(torch.int16).ge_(self._threshold)
-        return kept.to(torch.float32).mul_(self._scale)
-
-
-_UNITS_A_DRAW = 2**15
+        kept = words.view(torch.int16).ge_(self._threshold)[:, : batches * sum(parts)]
+        masks = kept.to(torch.float32).mul_(self._scale)
+        views = [
+            part.view(-1, rows, width)
+            for part, width in zip(
+                torch.split(masks, parts * batches, dim=1), self._widths * batches, strict=True
+            )
+        ]
+        return [views[i : i + len(parts)] for i in range(0, len(views), len(parts))]
 
 
 class Adam(torch.optim.Optimizer):
     """Adam, or AdamW, on one flat parameter.
 
     `update` is the step of `torch.optim.Adam(fused=True)` without the hooks, the groups and the
-    bookkeeping on the way to it, which take as long as a small network's whole update.
+    bookkeeping on the way to it, which take three times as long as a small network's update.
 
     Attributes:
         moments: Running means of the gradients and of their squares.
@@ -282,36 +302,40 @@ class Adam(torch.optim.Optimizer):
 
     def __init__(self, config: OptimizerConfig, backprop: Backprop) -> None:
         super().__init__([backprop.parameters], {"lr": config.lr})
-        self._parameters = [backprop.parameters]
-        self._gradients = [backprop.gradients]
         self.moments = [torch.zeros_like(backprop.parameters) for _ in range(2)]
         self.steps = torch.zeros((), device=backprop.parameters.device)
-        self._weight_decay = config.weight_decay
-        self._decoupled = config.name == "adamw"
-
-    def update(self) -> None:
-        """Moves the parameters by one step along the gradients."""
-        adam(
-            self._parameters,
-            self._gradients,
-            [self.moments[0]],
-            [self.moments[1]],
+        first, second = self.moments
+        self._update = partial(
+            torch._fused_adamw_ if config.name == "adamw" else torch._fused_adam_,
+            [backprop.parameters],
+            [backprop.gradients],
+            [first],
+            [second],
             [],
             [self.steps],
-            fused=True,
-            decoupled_weight_decay=self._decoupled,
-            amsgrad=False,
             beta1=0.9,
             beta2=0.999,
-            lr=self.param_groups[0]["lr"],
-            weight_decay=self._weight_decay,
+            weight_decay=config.weight_decay,
             eps=1e-8,
+            amsgrad=False,
             maximize=False,
         )
 
+    def update(self) -> None:
+        """Moves the parameters by one step along the gradients."""
+        self.steps.add_(1)
+        self._update(lr=self.param_groups[0]["lr"])
+
 
 def _flat(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One buffer that holds copies of all, and the view of it that each is."""
-    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return flat, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    """One buffer that holds copies of all, and the view of it that each is.
+
+    The views are aligned as tensors of their own are: a matmul's last bits depend on it.
+    """
+    sizes = [-(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    flat = tensors[0].new_zeros(sum(sizes))
+    parts = zip(torch.split(flat, sizes), tensors, strict=True)
+    views = [part[: tensor.numel()].view(tensor.shape) for part, tensor in parts]
+    for view, tensor in zip(views, tensors, strict=True):
+        view.copy_(tensor.detach())
+    return flat, views
