@@ -181,6 +181,7 @@ class Fit:
             if converged:
                 return
 
+    @torch.inference_mode()
     def train_epoch(self, learning_rate: float) -> Floats:
         """One pass over the training rows in a new order; the mean training loss [R]."""
         self._optimizer.param_groups[0]["lr"] = learning_rate
@@ -192,15 +193,14 @@ class Fit:
         ).to(self._device)
         total = torch.zeros(len(order), dtype=torch.float64, device=self._device)
         seen = 0
-        # Rows and targets of many batches are looked up at once, and their losses added at once.
+        # Features and targets of many batches are looked up at once; their losses come after.
         for rows, size in self._blocks():
             index = order[:, rows].reshape(len(order), -1, size).transpose(0, 1)  # [steps, R, B]
             targets = self._loss.targets(self._y[index], self._x.dtype)
-            logits = torch.stack(
-                [self._step(*batch) for batch in zip(self._rows_of(index), *targets, strict=True)]
-            )
+            batches = zip(self._rows_of(index), *targets, strict=True)
+            logits = torch.stack([self._step(*batch) for batch in batches])
             total += self._loss.values(logits, targets).sum(0) * size
-            seen += index.shape[0] * size
+            seen += len(index) * size
         return (total / seen).cpu().numpy()
 
     def _blocks(self) -> Iterator[tuple[slice, int]]:
