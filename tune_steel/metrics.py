@@ -80,10 +80,9 @@ class Scorer:
         precision = scores.pop("precision")
         if len(self._weights) == 2:
             scores["negative_precision"], scores["positive_precision"] = precision.unbind(1)
-        return {
-            name: scores[name].reshape(-1).double().cpu().numpy()
-            for name in score_names(len(self._weights))
-        }
+        names = score_names(len(self._weights))
+        stacked = torch.stack([scores[name].reshape(-1).double() for name in names])
+        return dict(zip(names, stacked.cpu().numpy(), strict=True))  # one wait for a GPU
 
 
 def _auroc(log_p: Tensor, truth: Tensor, counted: Tensor) -> Tensor:
