@@ -55,7 +55,7 @@ def test_a_stacked_linear_layer_equals_nn_linear_in_output_and_gradients(replica
 def test_a_stacked_batch_norm_equals_nn_batch_norm_in_evaluation(replicas):
     stacked = trained_norm(replicas, 6)
     x = normal(replicas, ROWS, 6, seed=9)
-    out = stacked(x)
+    out = stacked(x.clone())
     for r in range(replicas):
         plain = nn.BatchNorm1d(6).eval()
         plain.load_state_dict(
@@ -70,7 +70,7 @@ def test_a_stacked_batch_norm_whose_running_variance_is_tiny_equals_nn_batch_nor
         stacked.running_var.fill_(variance)
         plain.running_var.fill_(variance)
         x = normal(1, ROWS, 2)
-        assert_close(stacked(x)[0], plain(x[0]))
+        assert_close(stacked(x.clone())[0], plain(x[0]))
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -85,7 +85,9 @@ def test_each_replica_of_a_stacked_mlp_equals_the_network_written_with_torch_nn(
     if batch_norm:
         stacked.norms = nn.ModuleList(trained_norm(replicas, width) for width in config.widths)
     x = normal(replicas, ROWS, FEATURES)
+    before = x.clone()
     out = stacked(x)
+    assert torch.equal(x, before)
     assert out.shape == (replicas, ROWS, 3)
     for r in range(replicas):
         assert_close(out[r], PlainMLP(stacked, config, r).eval()(x[r]))
