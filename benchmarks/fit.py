@@ -296,7 +296,7 @@ def measure(
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Epochs of each loop and network.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Epochs of each loop and network.")] = 11,
     output: Annotated[Path, typer.Option(help="The table.")] = PUBLISHED,
 ) -> None:
     """Measures, prints and publishes."""

@@ -18,7 +18,7 @@ from tune_steel.config import TrialConfig
 from tune_steel.data import Table
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features
-from tune_steel.fit import EarlyStopping, Fit, prepare_process
+from tune_steel.fit import EarlyStopping, Fit, TrainingLoss, prepare_process
 from tune_steel.fused import Adam, Backprop, DropoutMasks
 from tune_steel.scores import score_names
 from tune_steel.seeds import derive
@@ -353,6 +353,37 @@ def test_class_weights_do_change_what_is_learnt():
             fit.train_epoch(0.02)
         means.append(np.mean(np.concatenate(fit.validation_logits())))
     assert means[0] < means[1] - 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_training_loss_and_its_gradient_are_those_of_torch(classes, smoothing):
+    weights = {2: {"pos_weight": 3.0}, 3: {"class_weight_power": 0.7}}[classes]
+    development = develop(classes)
+    config = config_of(**weights, label_smoothing=smoothing)
+    loss = TrainingLoss(config, development, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(classes)
+    shape = (2, 5, 9, 1 if classes == 2 else classes)  # batches, replicas, rows, outputs
+    logits = (8 * torch.randn(shape, generator=generator)).double().requires_grad_()
+    y = torch.randint(0, classes, shape[:3], generator=generator)
+    targets = loss.targets(y, torch.float64)
+    for index in np.ndindex(2, 5):
+        if classes == 2:
+            target = y[index].double() * (1 - smoothing) + smoothing / 2
+            expected = nn.functional.binary_cross_entropy_with_logits(
+                logits[index].squeeze(1), target, pos_weight=torch.tensor(3.0).double()
+            )
+        else:
+            expected = nn.functional.cross_entropy(
+                logits[index],
+                y[index],
+                weight=torch.tensor(development.reference_weights**0.7),
+                label_smoothing=smoothing,
+            )
+        assert_close(loss.values(logits, targets)[index], expected)
+        (gradient,) = torch.autograd.grad(expected, logits)
+        own = loss.gradient(logits.detach(), *targets)
+        assert_close(own[index], gradient[index])
 
 
 def curve():

@@ -191,7 +191,7 @@ class Fit:
                 for train, generator in zip(self._train, self._batches, strict=True)
             ]
         ).to(self._device)
-        total = torch.zeros(len(order), dtype=torch.float64, device=self._device)
+        total = torch.zeros(len(order), dtype=self._x.dtype, device=self._device)
         seen = 0
         # Features and targets of many batches are looked up at once; their losses come after.
         for rows, size in self._blocks():
@@ -201,7 +201,7 @@ class Fit:
             logits = torch.stack([self._step(*batch) for batch in batches])
             total += self._loss.values(logits, targets).sum(0) * size
             seen += len(index) * size
-        return (total / seen).cpu().numpy()
+        return (total.double() / seen).cpu().numpy()
 
     def _blocks(self) -> Iterator[tuple[slice, int]]:
         """Positions of the epoch's order, block by block, and the rows of a batch in each.
