@@ -84,6 +84,7 @@ def test_no_file_is_longer_than_a_room_should_be() -> None:
     ("module", "foreign"),
     [
         ("fit", "ray"),
+        ("fused", "ray"),
         ("networks", "ray"),
         ("preprocess", "ray"),
         ("metrics", "ray"),
