@@ -10,17 +10,18 @@ import torch
 from conftest import SMALL_SPACE
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from tune_steel.budget import Budget
 from tune_steel.data import Table, load_steel
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.evaluate import SEEDS, Boosting, evaluate, retrain
 from tune_steel.fit import Fit
+from tune_steel.job import choose
 from tune_steel.options import Options, Resources
 from tune_steel.scores import score
-from tune_steel.search import choose
-from tune_steel.searcher import TrialRecord
 from tune_steel.seeds import derive
 from tune_steel.space import Space, load_space
 from tune_steel.splits import Development, SealedTest, freeze, prepare
+from tune_steel.study import TrialRecord
 from tune_steel.tasks import steel_task
 from tune_steel.trainable import replica_seeds, report_row
 
@@ -50,7 +51,9 @@ def space(tmp_path: Path) -> Space:
 def trial(space: Space, development: Development, number: int = 0, **params: Any) -> TrialRecord:
     """A trial that ran to its end, in this process."""
     values = {**space.defaults(), **params}
-    record = TrialRecord(number, derive("t", number), values, space.config(values), "COMPLETE")
+    config = space.config(values)
+    seed = derive("t", number)
+    record = TrialRecord(number, number, seed, values, config, state="COMPLETE")
     seeds = replica_seeds(record.seed, len(development.folds))
     fit = Fit(record.config, development, development.folds, seeds)
     record.epochs = [{**report_row(r), "node": "here"} for r in fit.epochs(12)]
@@ -67,12 +70,17 @@ def options(**more: Any) -> Options:
     defaults = {
         **dict.fromkeys(("data", "target", "openml_id", "split", "space", "address")),
         "task": "binary",
-        "samples": 9,
+        "budget": Budget(9),
         "source": "auto",
         "folds": 5,
         "max_epochs": 50,
         "grace_period": 6,
         "reduction_factor": 3,
+        "scheduler": "asha",
+        "search": "tpe",
+        "max_failures": 2,
+        "warm_start": (),
+        "tries": (),
         "resources": Resources(1, 0, None),
         "seed": 0,
         "output": Path("results"),
@@ -84,7 +92,8 @@ def options(**more: Any) -> Options:
 def ended(number: int, state: str, epochs: int, loss: float, space: Space) -> TrialRecord:
     values = space.defaults()
     curve = [{"best_val_loss": loss, "best_epoch": 1} for _ in range(epochs)]
-    return TrialRecord(number, 0, values, space.config(values), state, curve)
+    config = space.config(values)
+    return TrialRecord(number, number, 0, values, config, state=state, epochs=curve)
 
 
 def test_the_lowest_loss_wins_among_trials_that_had_a_full_chance(space: Space) -> None:
