@@ -67,7 +67,8 @@ def test_a_search_whose_trials_all_fail_ends_soon_and_says_why(
     assert "the last one with ValueError: no such thing; go on with --resume" in last
     assert out == ""
     run = only_run(faulty)
-    assert read(run, "trials")["state"].tolist().count("FAIL") == 3
+    # The other worker may have failed before it was told to end.
+    assert read(run, "trials")["state"].tolist().count("FAIL") in (3, 4)
     # The cause is mended; what had not failed is not lost.
     code, _, err = finish(start(faulty, "--resume", run, "--samples", 7))
     assert code == 0, err

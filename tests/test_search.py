@@ -277,7 +277,7 @@ def test_scrambled_test_rows_change_no_bit_of_the_search(
 def test_a_reader_of_the_output_that_goes_away_costs_no_result(
     command: Command, space_file: Path, tmp_path: Path
 ) -> None:
-    small = ["--samples", "2", "--max-epochs", "2", "--folds", "2"]
+    small = ["--samples", "2", "--max-epochs", "2", "--folds", "2", "--concurrency", "1"]
     search = [sys.executable, "-m", "tune_steel.search", "--task", "binary", *small]
     search += ["--source", "stand-in", "--space", str(space_file)]
     script = 'set -o pipefail; "$@" 2>&1 | true'
