@@ -22,6 +22,7 @@ _KEPT = (
     *("run", "task", "data_source", "command", "options", "data", "started", "versions"),
     *("git_commit", "machine", "trials", "best_trial", "search_seconds", "evaluate_seconds"),
 )
+_PLACES = ("data", "space", "output", "warm_start")
 _SCORES = ("accuracy", "macro_accuracy", "macro_precision", "log_loss", "auroc")
 
 
@@ -35,7 +36,12 @@ def collect(folders: list[Path]) -> None:
             sys.exit(f"{folder}: the run is {record['state']}, only finished ones are published")
         if "+changes" in (record["git_commit"] or "+changes"):
             sys.exit(f"{folder}: the run is not of a clean commit ({record['git_commit']})")
-        runs.append({key: record[key] for key in _KEPT})
+        kept = {key: record[key] for key in _KEPT}
+        # Where files lay on the machine says nothing to others.
+        kept["options"] = {
+            key: value for key, value in record["options"].items() if key not in _PLACES
+        }
+        runs.append(kept)
     tables = [pq.read_table(folder / "scores.parquet") for folder in folders]
     pq.write_table(pa.concat_tables(tables), PUBLISHED / "scores.parquet", compression="zstd")
     text = json.dumps(runs, indent=1) + "\n"
