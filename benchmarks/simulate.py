@@ -281,7 +281,7 @@ def summarize(
     """
     for i, epochs in enumerate(budgets):
         mine = [repeat[i] for repeat in marks]
-        theirs = [repeat[i] for repeat in default[: len(mine)]]
+        theirs = [repeat[i] for repeat in default]
         loss, other = (np.array([m.loss for m in side]) for side in (mine, theirs))
         expected, others = (np.array([m.expected for m in side]) for side in (mine, theirs))
         difference, low, high = _interval(loss - other)

@@ -8,14 +8,41 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
+from tune_steel.budget import Budget
+from tune_steel.options import Options, Resources
 from tune_steel.study import open_study
 
 ENDED = ["COMPLETE", "PRUNED", "FAIL"]
+
+
+def options_of(**changed: Any) -> Options:
+    """The options of a plain search, some of them changed."""
+    given = {
+        **dict.fromkeys(("data", "target", "openml_id", "split", "space", "address")),
+        "task": "binary",
+        "budget": Budget(9),
+        "source": "auto",
+        "folds": 5,
+        "max_epochs": 50,
+        "grace_period": 6,
+        "reduction_factor": 3,
+        "scheduler": "asha",
+        "search": "tpe",
+        "resources": Resources(1.0, 0.0, None),
+        "max_failures": 2,
+        "warm_start": (),
+        "tries": (),
+        "seed": 0,
+        "output": Path("results"),
+        "dry_run": False,
+    }
+    return Options(**{**given, **changed})
 
 
 def start(

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_SPACE
+from searches import options_of
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from tune_steel.budget import Budget
 from tune_steel.data import Table, load_steel
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.evaluate import SEEDS, Boosting, evaluate, retrain
 from tune_steel.fit import Fit
 from tune_steel.job import choose
-from tune_steel.options import Options, Resources
 from tune_steel.scores import score
 from tune_steel.seeds import derive
 from tune_steel.space import Space, load_space
@@ -26,6 +25,7 @@ from tune_steel.tasks import steel_task
 from tune_steel.trainable import replica_seeds, report_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = options_of(max_epochs=50, grace_period=6)
 
 
 @pytest.fixture(scope="module")
@@ -66,29 +66,6 @@ def run(
     return evaluate(best, default, *rows, seed=0, data_source="stand-in", device="cpu")
 
 
-def options(**more: Any) -> Options:
-    defaults = {
-        **dict.fromkeys(("data", "target", "openml_id", "split", "space", "address")),
-        "task": "binary",
-        "budget": Budget(9),
-        "source": "auto",
-        "folds": 5,
-        "max_epochs": 50,
-        "grace_period": 6,
-        "reduction_factor": 3,
-        "scheduler": "asha",
-        "search": "tpe",
-        "max_failures": 2,
-        "warm_start": (),
-        "tries": (),
-        "resources": Resources(1, 0, None),
-        "seed": 0,
-        "output": Path("results"),
-        "dry_run": False,
-    }
-    return Options(**{**defaults, **more})
-
-
 def ended(number: int, state: str, epochs: int, loss: float, space: Space) -> TrialRecord:
     values = space.defaults()
     curve = [{"best_val_loss": loss, "best_epoch": 1} for _ in range(epochs)]
@@ -106,10 +83,10 @@ def test_the_lowest_loss_wins_among_trials_that_had_a_full_chance(space: Space) 
         ended(4, "INTERRUPTED", 40, 0.01, space),
         ended(5, "COMPLETE", 12, 0.45, space),
     ]
-    best = choose(records, options())
+    best = choose(records, OPTIONS)
     assert best is not None
     assert best.number == 2
-    best = choose([r for r in records if r.number != 2], options())
+    best = choose([r for r in records if r.number != 2], OPTIONS)
     assert best is not None
     assert best.number == 5
 
@@ -122,10 +99,10 @@ def test_a_search_that_was_cut_short_takes_the_best_of_what_the_scheduler_stoppe
         ended(1, "PRUNED", 6, 0.4, space),
         ended(2, "PRUNED", 6, 0.3, space),
     ]
-    best = choose(records, options())
+    best = choose(records, OPTIONS)
     assert best is not None
     assert best.number == 2
-    assert choose(records[:1], options()) is None
+    assert choose(records[:1], OPTIONS) is None
 
 
 def test_the_retrained_model_repeats_the_trials_learning_rates_up_to_its_best_epoch(

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from conftest import SMALL_SPACE, Command
 from optuna.trial import TrialState
-from searches import only_run, read
+from searches import finish, only_run, read, start
 
 from tune_steel.predict import load_model
 from tune_steel.scores import score
@@ -36,19 +36,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     folder = tmp_path_factory.mktemp("finished")
     space = folder / "small.toml"
     space.write_text(SMALL_SPACE)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tune_steel.search", "--task", "binary"),
-            *("--source", "stand-in", "--space", str(space), *map(str, SMALL)),
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return only_run(folder), done.stdout, done.stderr
+    given = ("--task", "binary", "--source", "stand-in", "--space", space)
+    code, out, err = finish(start(folder, *given, *SMALL))
+    assert code == 0, err
+    return only_run(folder), out, err
 
 
 def test_a_finished_run_has_all_its_files_and_no_other(finished: tuple[Path, str, str]) -> None:

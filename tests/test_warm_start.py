@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL_SPACE, Command
 from optuna.trial import TrialState
-from searches import finish, only_run, read, start, study_of
+from searches import finish, only_run, options_of, read, start, study_of
 
 from tune_steel.budget import Budget
 from tune_steel.errors import TuneSteelError
@@ -44,31 +44,9 @@ def space_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(space: Path | None, folder: Path, **changed: Any) -> Options:
-    given: dict[str, Any] = {
-        "task": "binary",
-        "data": None,
-        "target": None,
-        "openml_id": None,
-        "source": "stand-in",
-        "folds": 2,
-        "split": None,
-        "space": space,
-        "max_epochs": MOST,
-        "grace_period": 1,
-        "reduction_factor": 3,
-        "scheduler": "asha",
-        "search": "tpe",
-        "max_failures": 2,
-        "warm_start": (),
-        "tries": (),
-        "seed": 0,
-        "output": folder,
-        "address": None,
-        "dry_run": False,
-        "budget": Budget(EARLIER),
-        "resources": Resources(1.0, 0.0, 1),
-    }
-    return Options(**{**given, **changed})
+    given = {"source": "stand-in", "folds": 2, "max_epochs": MOST, "grace_period": 1}
+    one_at_a_time = {"budget": Budget(EARLIER), "resources": Resources(1.0, 0.0, 1)}
+    return options_of(space=space, output=folder, **{**given, **one_at_a_time, **changed})
 
 
 def loss_of(params: Params) -> float:

@@ -19,9 +19,8 @@ from scipy.special import gammaincc, stdtrit
 
 from tune_steel.features import Floats
 from tune_steel.space import Space
-from tune_steel.study import ENDED, METRIC, TrialRecord
+from tune_steel.study import ENDED, METRIC, SCORED, TrialRecord
 
-_SCORED = ("COMPLETE", "PRUNED")
 _BEST = 0.25  # Optuna's tenth would be two trials of twenty, and misses far more
 _LEAST_TRIALS = 20
 _LEAST_ACTIVE = 10
@@ -139,7 +138,7 @@ def study_insight(
         space: What they were sampled from.
         max_epochs: Epochs of a trial that nothing stops.
     """
-    scored = [record for record in records if record.state in _SCORED]
+    scored = [record for record in records if record.state in SCORED]
     default = next((record for record in reversed(scored) if record.slot == 0), None)
     return Insight(
         comparable=len(scored),
@@ -239,7 +238,7 @@ def _moves(records: Sequence[TrialRecord]) -> list[Move]:
     for record in sorted(records, key=lambda record: record.ended or 0.0):
         ended += record.state in ENDED
         epochs += len(record.epochs)
-        if record.state in _SCORED:
+        if record.state in SCORED:
             loss = record.epochs[-1][METRIC]
             if not moves or loss < moves[-1].loss:
                 moves.append(Move(ended, record.number, loss, epochs))

@@ -25,7 +25,7 @@ from tune_steel.samplers import grid
 from tune_steel.scheduler import make_scheduler, rungs
 from tune_steel.searcher import StudySearcher
 from tune_steel.splits import Development, split_hash
-from tune_steel.study import METRIC, TrialRecord, ask, heal_journal, open_study, run_lock
+from tune_steel.study import METRIC, SCORED, TrialRecord, ask, heal_journal, open_study, run_lock
 from tune_steel.summary import evaluation_summary, render, search_summary
 from tune_steel.terminal import say, show
 from tune_steel.warm_start import Beginning, beginning
@@ -173,7 +173,7 @@ def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
     top = options.max_epochs
     if options.scheduler == "asha":
         top = rungs(options.max_epochs, options.grace_period, options.reduction_factor)[-1]
-    stopped = [r for r in records if r.state in ("COMPLETE", "PRUNED")]
+    stopped = [r for r in records if r.state in SCORED]
     full = [r for r in stopped if r.state == "COMPLETE" or len(r.epochs) >= top]
     return min(full or stopped, key=lambda record: record.epochs[-1][METRIC], default=None)
 
@@ -189,7 +189,7 @@ def _search(
     scheduler = make_scheduler(
         options.scheduler, options.max_epochs, options.grace_period, options.reduction_factor
     )
-    scheduler.refill(r for r in searcher.records if r.state in ("COMPLETE", "PRUNED"))
+    scheduler.refill(r for r in searcher.records if r.state in SCORED)
     # At one trial at once nobody waits for the sampler.
     searcher.background = options.search == "gp" and concurrency > 1
     started = time.monotonic()
@@ -232,7 +232,7 @@ def _finish(options: Options, problem: Problem, folder: RunFolder, searcher: Stu
     if best is None:
         return _nothing_to_score(folder, searcher)
     assert best.best is not None
-    default = next((r for r in reversed(records) if r.slot == 0 and r.state in _SCORED), None)
+    default = next((r for r in reversed(records) if r.slot == 0 and r.state in SCORED), None)
     say(
         f"retraining: {SEEDS} seeds of trial {best.number} for {best.best['epoch']} epochs, the "
         "default config, and boosting; then one look at the test rows; about "
@@ -278,9 +278,6 @@ def _finish(options: Options, problem: Problem, folder: RunFolder, searcher: Stu
     if signal is not None:
         say(f"cut short: go on with --resume {folder.path}")
     return _EXIT_SIGNAL[signal] if signal else 0
-
-
-_SCORED = ("COMPLETE", "PRUNED")
 
 
 def _looked_before(looks: int) -> str:

@@ -35,8 +35,7 @@ def make_sampler(name: SearchName, seed: int, slot: int) -> BaseSampler:
     """
     trial_seed = derive(seed, "sampler", slot)
     if name == "tpe":
-        # Optuna's default samples all parameters together, which found worse configs: with 13 of
-        # them and conditions, see docs/defaults.md.
+        # Optuna's default, all parameters together, found worse configs (docs/defaults.md).
         return TPESampler(seed=trial_seed, multivariate=False)
     if name == "gp":
         return StoppedTrialsGP(

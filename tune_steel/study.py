@@ -31,7 +31,10 @@ from tune_steel.space import Params, Space
 METRIC = "best_val_loss"
 """What schedulers, samplers and the final choice read: the lowest validation loss so far."""
 
-ENDED = ("COMPLETE", "PRUNED", "FAIL")
+SCORED = ("COMPLETE", "PRUNED")
+"""States of trials that have a loss."""
+
+ENDED = (*SCORED, "FAIL")
 """States of a trial that used up one of the samples; the config of any other is tried again."""
 
 

@@ -17,7 +17,7 @@ from tune_steel.errors import OptionError
 from tune_steel.options import Options
 from tune_steel.run_folder import differences, read_record
 from tune_steel.space import Leaf, Params, Space, Value
-from tune_steel.study import copy_of_study, enqueue
+from tune_steel.study import SCORED, copy_of_study, enqueue
 
 BEST_FIRST = 5
 """Configs of each earlier run that are tried first."""
@@ -122,7 +122,7 @@ def _of_a_run(path: Path, space: Space, record: Mapping[str, Any], out: Beginnin
     earlier = read_record(path)
     study = copy_of_study(path / "study.journal", earlier["run"])
     trials = [t for t in study.get_trials(deepcopy=False) if "slot" in t.user_attrs]
-    ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
+    ended = [t for t in trials if t.state.name in SCORED]
     complete = [(t.values[0], t.params) for t in ended if t.state.name == "COMPLETE"]
     _best_first(complete, path, space, out)
     changed = differences(earlier, record)
