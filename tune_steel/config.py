@@ -15,30 +15,73 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """The network: `depth` hidden layers of linear, batch norm, activation and dropout."""
+    """The network (`networks.py` and `architectures.py`), and what it does with numeric features.
 
-    family: Literal["mlp"] = "mlp"
-    depth: int = Field(ge=1, le=4)
-    width_1: int = Field(ge=1, le=4096)
+    Attributes:
+        family: `mlp`, `resnet`, `tabm` (an ensemble that shares its weights) or `nca` (the
+            classes of the nearest training rows in a learnt space).
+        depth: Hidden layers of `mlp` and `tabm`; blocks of `resnet` and `nca`.
+        width_1: Units of the first hidden layer of `mlp` and `tabm`; `width_2` and so on of the
+            others.
+        width: Of `resnet` and `nca`: units between the blocks.
+        activation: Of `mlp` and `tabm`.
+        batch_norm: Of `mlp`; the blocks of `resnet` and `nca` always have it, `tabm` never.
+        dropout: Dropout probability of every hidden layer.
+        members: Of `tabm`: networks that share the weights.
+        embedding: What each numeric feature becomes before the first layer (`embeddings.py`).
+        embedding_width: Numbers that each feature becomes.
+        frequencies: Of periodic embeddings: waves a feature.
+        frequency_scale: Of periodic embeddings: standard deviation of the initial frequencies.
+        bins: Of piecewise-linear embeddings: the most bins a feature.
+    """
+
+    family: Literal["mlp", "resnet", "tabm", "nca"] = "mlp"
+    depth: int = Field(ge=0, le=4)
+    width_1: int | None = Field(default=None, ge=1, le=4096)
     width_2: int | None = Field(default=None, ge=1, le=4096)
     width_3: int | None = Field(default=None, ge=1, le=4096)
     width_4: int | None = Field(default=None, ge=1, le=4096)
+    width: int | None = Field(default=None, ge=1, le=4096)
     activation: Literal["relu", "gelu", "silu"] = "relu"
     batch_norm: bool = True
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    members: int | None = Field(default=None, ge=1, le=64)
+    embedding: Literal["none", "pbld", "plr", "piecewise_quantile", "piecewise_tree"] = "none"
+    embedding_width: int | None = Field(default=None, ge=2, le=64)
+    frequencies: int | None = Field(default=None, ge=1, le=256)
+    frequency_scale: float | None = Field(default=None, gt=0, le=100)
+    bins: int | None = Field(default=None, ge=2, le=128)
 
     @model_validator(mode="after")
-    def _a_width_for_each_layer(self) -> Self:
+    def _fits_the_family(self) -> Self:
         given = [self.width_1, self.width_2, self.width_3, self.width_4]
+        layered = self.family in ("mlp", "tabm")
+        if self.depth < 1 and self.family != "nca":
+            raise ValueError(f"family {self.family!r} needs a depth of at least 1")
         for layer, width in enumerate(given, start=1):
-            if (width is not None) != (layer <= self.depth):
+            if (width is not None) != (layered and layer <= self.depth):
                 verb = "needs" if width is None else "has no layer for"
-                raise ValueError(f"depth {self.depth} {verb} width_{layer}")
+                raise ValueError(f"{self.family} of depth {self.depth} {verb} width_{layer}")
+        self._needs("family", self.family, "width", not layered)
+        self._needs("family", self.family, "members", self.family == "tabm")
         return self
+
+    @model_validator(mode="after")
+    def _fits_the_embedding(self) -> Self:
+        periodic = self.embedding in ("pbld", "plr")
+        self._needs("embedding", self.embedding, "embedding_width", self.embedding != "none")
+        self._needs("embedding", self.embedding, "frequencies", periodic)
+        self._needs("embedding", self.embedding, "frequency_scale", periodic)
+        self._needs("embedding", self.embedding, "bins", self.embedding.startswith("piecewise"))
+        return self
+
+    def _needs(self, what: str, kind: str, key: str, needed: bool) -> None:
+        if (getattr(self, key) is not None) != needed:
+            raise ValueError(f"{what} {kind!r} {'needs' if needed else 'has no'} {key}")
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Units of each hidden layer, first to last."""
+        """Units of each hidden layer of `mlp` and `tabm`, first to last."""
         given = (self.width_1, self.width_2, self.width_3, self.width_4)
         return tuple(width for width in given if width is not None)
 
@@ -90,9 +133,15 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    """Plateau and early stopping, both on the validation loss, both counted in epochs.
+    """Learning rate and early stopping, by epochs.
+
+    A plateau is seen on the validation loss. A cosine falls to 0 over a number of epochs that the
+    trial has of its own, and ends it: it is not tied to the most epochs of the search, so that a
+    trial which is short by design is compared at ASHA's rungs as it is, and so is a long one.
 
     Attributes:
+        kind: `plateau` or `cosine`.
+        cosine_epochs: Of `cosine`: epochs until the learning rate would be 0.
         plateau_factor: What the learning rate is multiplied with on a plateau.
         plateau_patience: Epochs without improvement that are borne before it.
         early_stop_patience: Epochs without an improvement of `early_stop_min_delta`
@@ -100,10 +149,19 @@ class ScheduleConfig(_Section):
         early_stop_min_delta: The least improvement that counts for early stopping.
     """
 
+    kind: Literal["plateau", "cosine"] = "plateau"
+    cosine_epochs: int | None = Field(default=None, ge=1)
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     plateau_patience: int = Field(default=10, ge=0)
     early_stop_patience: int = Field(default=10, ge=1)
     early_stop_min_delta: float = Field(default=0.01, ge=0)
+
+    @model_validator(mode="after")
+    def _a_length_for_a_cosine(self) -> Self:
+        if (self.cosine_epochs is not None) != (self.kind == "cosine"):
+            verb = "needs" if self.kind == "cosine" else "has no"
+            raise ValueError(f"kind {self.kind!r} {verb} cosine_epochs")
+        return self
 
 
 class PreprocessingConfig(_Section):

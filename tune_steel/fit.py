@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from tune_steel.architectures import make_network
 from tune_steel.config import TrialConfig
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
-from tune_steel.fused import Adam, Backprop, DropoutMasks
+from tune_steel.fused import Adam, Backprop, DropoutMasks, Recorded
 from tune_steel.metrics import IGNORED, Scorer
 from tune_steel.networks import StackedMLP, log_probabilities, output_width
 from tune_steel.preprocess import Preprocessing, fit_preprocessing
@@ -47,7 +48,7 @@ class EpochRecord:
         best_epoch: The epoch it came from.
         learning_rate: Used in this epoch.
         seconds: Wall time of training and scoring.
-        converged: Early stopping ends the run after this epoch.
+        converged: Early stopping, or the end of a cosine, ends the run after this epoch.
     """
 
     epoch: int
@@ -124,19 +125,30 @@ class Fit:
         self._val = self._pad([rows for _, rows in folds])
 
         classes = len(development.classes)
-        self.network = StackedMLP(
+        self.network = make_network(
             config.model,
+            len(development.schema.numeric),
             self.preprocessing.width,
             output_width(classes),
             [_generator(seed, "weights") for seed in seeds],
-        ).to(self._device)
+        )
+        # Equally many for each replica, as an epoch has; the rest of a larger fold is left out.
+        known = torch.stack([rows[: self._rows_an_epoch] for rows in self._train])
+        self.network.learn_from(x[torch.arange(len(x)).unsqueeze(1), known], y[known])
+        self.network.to(self._device)
         self._batches = [_generator(seed, "batches") for seed in seeds]
         self._masks = DropoutMasks(
-            config.model.widths,
+            self.network.masked,
             config.model.dropout,
             [_generator(seed, "dropout", device) for seed in seeds],
         )
-        self._backprop = Backprop(self.network)
+        self._backprop: Backprop | Recorded
+        if isinstance(self.network, StackedMLP) and self.network.embedding is None:
+            self._backprop = Backprop(self.network)
+        else:
+            self._backprop = Recorded(self.network)
+        self._masked = self.network.dropout > 0 and len(self.network.masked) > 0
+        self._context = self.network.context(self._rows_an_epoch)
         self._optimizer = Adam(config.optimizer, self._backprop)
         self._loss = TrainingLoss(config, development, self._device)
         self._scorer = Scorer(development.reference_weights, self._device)
@@ -156,7 +168,11 @@ class Fit:
         best, best_epoch = math.inf, 0
         for epoch in range(1, most + 1):
             started = time.perf_counter()
-            learning_rate = float(self._optimizer.param_groups[0]["lr"])
+            if schedule.cosine_epochs is None:
+                learning_rate = float(self._optimizer.param_groups[0]["lr"])
+            else:
+                turn = math.pi * (epoch - 1) / schedule.cosine_epochs
+                learning_rate = self._config.optimizer.lr * (1 + math.cos(turn)) / 2
             train_loss = self.train_epoch(learning_rate)
             scores = self.score()
             val_loss = float(scores["loss"].mean())
@@ -166,7 +182,8 @@ class Fit:
             if val_loss < best:
                 best, best_epoch = val_loss, epoch
                 self._keep()
-            plateau.step(val_loss)
+            if schedule.cosine_epochs is None:
+                plateau.step(val_loss)
             yield EpochRecord(
                 epoch=epoch,
                 train_loss=train_loss,
@@ -176,15 +193,20 @@ class Fit:
                 best_epoch=best_epoch,
                 learning_rate=learning_rate,
                 seconds=time.perf_counter() - started,
-                converged=(converged := stopping.step(val_loss)),
+                converged=(
+                    converged := stopping.step(val_loss) or epoch == schedule.cosine_epochs
+                ),
             )
             if converged:
                 return
 
-    @torch.inference_mode()
     def train_epoch(self, learning_rate: float) -> Floats:
         """One pass over the training rows in a new order; the mean training loss [R]."""
         self._optimizer.param_groups[0]["lr"] = learning_rate
+        with self._backprop.mode():
+            return self._train_epoch()
+
+    def _train_epoch(self) -> Floats:
         order = torch.stack(
             [
                 train[torch.randperm(len(train), generator=generator)[: self._rows_an_epoch]]
@@ -195,13 +217,26 @@ class Fit:
         seen = 0
         # Features and targets of many batches are looked up at once; their losses come after.
         for rows, size in self._blocks():
-            index = order[:, rows].reshape(len(order), -1, size).transpose(0, 1)  # [steps, R, B]
-            targets = self._loss.targets(self._y[index], self._x.dtype)
-            batches = zip(self._rows_of(index), *targets, strict=True)
-            logits = torch.stack([self._step(*batch) for batch in batches])
+            index = self._batches_of(order, rows, size)  # [steps, R, B + context]
+            y = self._y[index]
+            each = y[..., :size].repeat_interleave(self.network.outputs_a_row, dim=-1)
+            targets = self._loss.targets(each, self._x.dtype)
+            batches = zip(self._rows_of(index), y, *targets, strict=True)
+            logits = torch.stack([self._step(size, *batch) for batch in batches])
             total += self._loss.values(logits, targets).sum(0) * size
             seen += len(index) * size
         return (total.double() / seen).cpu().numpy()
+
+    def _batches_of(self, order: Tensor, rows: slice, size: int) -> Tensor:
+        """Positions of the batches of a block, and after each the rows that follow in the order.
+
+        The order begins again at its end.
+        """
+        if not self._context:
+            return order[:, rows].reshape(len(order), -1, size).transpose(0, 1)
+        starts = torch.arange(rows.start, rows.stop, size, device=self._device).unsqueeze(1)
+        steps = starts + torch.arange(size + self._context, device=self._device)
+        return order[:, steps % order.shape[1]].transpose(0, 1)
 
     def _blocks(self) -> Iterator[tuple[slice, int]]:
         """Positions of the epoch's order, block by block, and the rows of a batch in each.
@@ -216,10 +251,13 @@ class Fit:
         if rows - whole > 1:
             yield slice(whole, rows), rows - whole
 
-    def _step(self, x: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    def _step(self, size: int, x: Tensor, y: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
         """One step on a batch; its logits."""
-        masks = self._masks.draw(x.shape[1]) if self.network.dropout > 0 else ()
-        logits = self._backprop.forward(x, masks)
+        masks = self._masks.draw(x.shape[1]) if self._masked else ()
+        if isinstance(self._backprop, Backprop):
+            logits = self._backprop.forward(x, masks)
+        else:
+            logits = self._backprop.forward(x, y, size, masks)
         self._backprop.backward(self._loss.gradient(logits, counted, weight))
         self._optimizer.update()
         return logits

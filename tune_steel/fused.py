@@ -1,8 +1,9 @@
 """A training step of a stacked network in as few calls as it takes.
 
-Forward and backward are written out instead of recorded by autograd, all parameters are views of
-one flat buffer that one call of Adam updates, and dropout's random numbers are drawn in bulk. On a
-small network the calls are the time, on a large one what they read and write beside the matmuls.
+For the plain perceptron, forward and backward are written out instead of recorded by autograd. All
+parameters are views of one flat buffer that one call of Adam updates, and dropout's random numbers
+are drawn in bulk. On a small network the calls are the time, on a large one what they read and
+write beside the matmuls.
 Nothing here waits for a GPU.
 """
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tune_steel.config import OptimizerConfig
-from tune_steel.networks import StackedBatchNorm, StackedHead, StackedLinear, StackedMLP
+from tune_steel.networks import (
+    Network,
+    StackedBatchNorm,
+    StackedHead,
+    StackedLinear,
+    StackedMLP,
+)
 
 _aten = torch.ops.aten  # the functions that autograd's backward calls
 _UNITS_A_DRAW = 2**15
@@ -33,14 +40,12 @@ class Backprop:
         gradients: Their gradients, from the latest backward pass; 0 between the parameters.
     """
 
+    # No bookkeeping for a graph that is never built.
+    mode = torch.inference_mode
+
     def __init__(self, network: StackedMLP) -> None:
         """Moves the network's parameters and running statistics into flat buffers."""
-        own = list(network.parameters())
-        self.parameters, views = _flat(own)
-        for parameter, view in zip(own, views, strict=True):
-            parameter.data = view
-        self.gradients, views = _flat([torch.zeros_like(parameter) for parameter in own])
-        gradients = dict(zip(own, views, strict=True))
+        self.parameters, self.gradients, gradients = _flat_parameters(network)
         norms = [norm for norm in network.norms if isinstance(norm, StackedBatchNorm)]
         self._statistics = _Statistics(norms) if norms else None
         self._dropouts: list[_Dropout] = []
@@ -80,6 +85,38 @@ class Backprop:
         """Fills `gradients` from the gradient of the latest logits."""
         for layer in reversed(self._layers):
             gradient = layer.backward(gradient)
+
+
+class Recorded:
+    """Forward and backward pass of a network in training, through autograd.
+
+    Attributes:
+        parameters: As of `Backprop`.
+        gradients: As of `Backprop`.
+    """
+
+    mode = torch.no_grad
+
+    def __init__(self, network: Network) -> None:
+        """Moves the network's parameters and their gradients into flat buffers."""
+        self._network = network
+        self.parameters, self.gradients, gradients = _flat_parameters(network)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    def forward(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor] = ()) -> Tensor:
+        """Logits of a batch, as `Network.training_logits`."""
+        self._network.train()
+        with torch.enable_grad():
+            self._logits = self._network.training_logits(x, y, batch, masks)
+        self._network.eval()
+        return self._logits.detach()
+
+    def backward(self, gradient: Tensor) -> None:
+        """Fills `gradients` from the gradient of the latest logits."""
+        self.gradients.zero_()
+        self._logits.backward(gradient)  # type: ignore[no-untyped-call]
+        del self._logits  # and with it the graph
 
 
 class _Layer(Protocol):
@@ -300,7 +337,7 @@ class Adam(torch.optim.Optimizer):
         steps: Updates so far.
     """
 
-    def __init__(self, config: OptimizerConfig, backprop: Backprop) -> None:
+    def __init__(self, config: OptimizerConfig, backprop: Backprop | Recorded) -> None:
         super().__init__([backprop.parameters], {"lr": config.lr})
         self.moments = [torch.zeros_like(backprop.parameters) for _ in range(2)]
         self.steps = torch.zeros((), device=backprop.parameters.device)
@@ -325,6 +362,19 @@ class Adam(torch.optim.Optimizer):
         """Moves the parameters by one step along the gradients."""
         self.steps.add_(1)
         self._update(lr=self.param_groups[0]["lr"])
+
+
+def _flat_parameters(network: Network) -> tuple[Tensor, Tensor, _Gradients]:
+    """All parameters and all gradients, flat, and each parameter's own gradient.
+
+    The network's parameters become views of the flat ones.
+    """
+    own = list(network.parameters())
+    parameters, views = _flat(own)
+    for parameter, view in zip(own, views, strict=True):
+        parameter.data = view
+    gradients, views = _flat([torch.zeros_like(parameter) for parameter in own])
+    return parameters, gradients, dict(zip(own, views, strict=True))
 
 
 def _flat(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -1,7 +1,7 @@
-"""Networks of R stacked replicas: every parameter has a leading replica axis.
+"""Layers of R stacked replicas, and the multi-layer perceptron: parameters [R, ...].
 
 One batched matmul per layer trains all replicas; replica r computes exactly what the same network
-written with `torch.nn` computes alone.
+written with `torch.nn` computes alone. The other families are in `architectures.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from torch.nn import functional
 
 from tune_steel.config import ModelConfig
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+if TYPE_CHECKING:
+    from tune_steel.embeddings import Embedding
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,  # in place: fresh memory for many rows takes longer than the function
     "gelu": functional.gelu,
     "silu": functional.silu,
@@ -41,8 +45,10 @@ class StackedLinear(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.weight = _draw(inputs, (inputs, outputs), generators)
-        self.register_parameter("bias", _draw(inputs, (1, outputs), generators) if bias else None)
+        bound = 1 / math.sqrt(inputs)
+        self.weight = uniform(bound, (inputs, outputs), generators)
+        drawn = uniform(bound, (1, outputs), generators) if bias else None
+        self.register_parameter("bias", drawn)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
@@ -59,21 +65,20 @@ class StackedHead(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, generators: Sequence[torch.Generator]) -> None:
         super().__init__()
-        self.weight = _draw(inputs, (outputs, inputs), generators)
-        self.bias = _draw(inputs, (outputs, 1), generators)
+        bound = 1 / math.sqrt(inputs)
+        self.weight = uniform(bound, (outputs, inputs), generators)
+        self.bias = uniform(bound, (outputs, 1), generators)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
         return torch.baddbmm(self.bias, self.weight, x.transpose(1, 2)).transpose(1, 2)
 
 
-def _draw(
-    inputs: int, shape: tuple[int, int], generators: Sequence[torch.Generator]
+def uniform(
+    bound: float, shape: tuple[int, ...], generators: Sequence[torch.Generator]
 ) -> nn.Parameter:
-    bound = 1 / math.sqrt(inputs)
-    drawn = [
-        torch.empty(shape).uniform_(-bound, bound, generator=generator) for generator in generators
-    ]
+    """Numbers within a bound [R, *shape], each replica's drawn from its own generator."""
+    drawn = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
     return nn.Parameter(torch.stack(drawn))
 
 
@@ -91,24 +96,81 @@ class StackedBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(replicas, 1, width))
         self.register_buffer("running_mean", torch.zeros(replicas, 1, width))
         self.register_buffer("running_var", torch.ones(replicas, 1, width))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises: in training with the batch's statistics, which move the running ones.
+
+        In evaluation the running ones are used, and x is overwritten.
+        """
+        return self._by_the_batch(x) if self.training else self._by_the_running(x)
+
+    def _by_the_batch(self, x: Tensor) -> Tensor:
+        rows = x.shape[1]
+        mean = x.mean(1, keepdim=True)
+        centred = x - mean
+        variance = centred.square().mean(1, keepdim=True)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (rows / (rows - 1)), self.momentum)
+        return self.bias + centred * (self.weight * torch.rsqrt(variance + self.eps))
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises with the running statistics, in place."""
+    def _by_the_running(self, x: Tensor) -> Tensor:
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return torch.addcmul(self.bias - self.running_mean * scale, x, scale, out=x)
 
 
-class StackedMLP(nn.Module):
+class Network(nn.Module):
+    """A stacked network of any family.
+
+    Attributes:
+        dropout: Dropout probability in training.
+        masked: Units a row of each dropout mask that `training_logits` takes.
+        outputs_a_row: Rows of logits that a training row gives.
+        embedding: What is done to the features first, if anything is.
+    """
+
+    dropout: float
+    masked: tuple[int, ...]
+    outputs_a_row: int = 1
+    embedding: Embedding | None
+
+    def context(self, rows: int) -> int:
+        """How many other rows go through the network beside each batch of an epoch's rows."""
+        return 0
+
+    def learn_from(self, x: Tensor, y: Tensor) -> None:
+        """Keeps what the network needs of the training rows beside its weights.
+
+        Args:
+            x: Their preprocessed features [R, n, D].
+            y: Their classes [R, n].
+        """
+
+    def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
+        """Logits [R, B * outputs_a_row, K] of a batch in training, differentiable.
+
+        Args:
+            x: Features [R, B + m, D]: the batch, then the m rows beside it.
+            y: Classes of all these rows [R, B + m].
+            batch: The rows B of the batch.
+            masks: For each of `masked`, what is multiplied, [R, B + m, units]; none without
+                dropout.
+        """
+        raise NotImplementedError
+
+
+class StackedMLP(Network):
     """R multi-layer perceptrons: [R, B, D] -> logits [R, B, K].
 
     K is 1 for two classes (the logit of the second class), else the number of classes. This is
-    the trained network; `fused.Backprop` is how it is trained. A linear layer before a batch norm
-    has no bias: the norm would take it out again.
+    the trained network; `fused.Backprop` is how it is trained, unless its features are embedded.
+    A linear layer before a batch norm has no bias: the norm would take it out again.
 
     Attributes:
         activation: Name of the activation.
-        dropout: Dropout probability of each hidden layer in training.
+        embedding: What is done to the features first.
     """
 
     def __init__(
@@ -117,19 +179,23 @@ class StackedMLP(nn.Module):
         inputs: int,
         outputs: int,
         generators: Sequence[torch.Generator],
+        embedding: Embedding | None = None,
     ) -> None:
         """Draws the initial weights.
 
         Args:
             config: Depth, widths, activation, batch norm, dropout.
-            inputs: Features D.
+            inputs: Features, after the embedding if there is one.
             outputs: Logits K.
             generators: One for each replica.
+            embedding: What is done to the features first.
         """
         super().__init__()
         self.activation = config.activation
         self.dropout = config.dropout
-        self._activate = _ACTIVATIONS[config.activation]
+        self.masked = config.widths
+        self.embedding = embedding
+        self._activate = ACTIVATIONS[config.activation]
         sizes = [inputs, *config.widths]
         replicas = len(generators)
         self.linears = nn.ModuleList(
@@ -144,9 +210,26 @@ class StackedMLP(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Logits of features, without dropout and with the running statistics."""
+        if self.embedding is not None:
+            x = self.embedding(x)
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = self._activate(norm(linear(x)))
         return self.head(x)  # type: ignore[no-any-return]
+
+    def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
+        """Logits [R, B, K] of a batch in training."""
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for layer, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
+            x = self._activate(norm(linear(x)))
+            if masks:
+                x = x * masks[layer]
+        return self.head(x)  # type: ignore[no-any-return]
+
+    def learn_from(self, x: Tensor, y: Tensor) -> None:
+        """Gives the training rows to the embedding."""
+        if self.embedding is not None:
+            self.embedding.learn_from(x, y)
 
 
 def output_width(classes: int) -> int:

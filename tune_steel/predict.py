@@ -16,11 +16,12 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from tune_steel.architectures import make_network
 from tune_steel.config import TrialConfig
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Floats, Schema
 from tune_steel.fit import predict_probabilities
-from tune_steel.networks import StackedMLP, output_width
+from tune_steel.networks import Network, output_width
 from tune_steel.preprocess import Preprocessing
 
 _FORMAT = 2
@@ -40,7 +41,7 @@ class FittedModel:
 
     config: TrialConfig
     classes: tuple[str, ...]
-    network: StackedMLP
+    network: Network
     preprocessing: Preprocessing
     data_source: str
 
@@ -118,8 +119,9 @@ def load_model(folder: Path) -> FittedModel:
     preprocessing = Preprocessing(description["scaling"], schema, median, arrays)
     config = TrialConfig.model_validate(description["config"])
     classes = tuple(description["classes"])
-    network = StackedMLP(
+    network = make_network(
         config.model,
+        len(schema.numeric),
         preprocessing.width,
         output_width(len(classes)),
         [torch.Generator() for _ in range(description["replicas"])],

@@ -1,0 +1,297 @@
+"""The stacked networks beside the multi-layer perceptron, and which one a config means.
+
+They are trained through autograd (`fused.Recorded`): their time is in large matmuls, which
+hand-written passes would not make faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tune_steel.config import ModelConfig
+from tune_steel.embeddings import Embedding, make_embedding
+from tune_steel.networks import (
+    ACTIVATIONS,
+    Network,
+    StackedBatchNorm,
+    StackedHead,
+    StackedLinear,
+    StackedMLP,
+    log_probabilities,
+    uniform,
+)
+
+_MOST_NEIGHBOURS = 8192
+_MOST_CONTEXT = 2048
+_QUERIES_A_CHUNK = 512
+_LEAST_SHARE = 1e-7
+
+
+class _Embedded(Network):
+    """A network whose numeric features may be embedded first."""
+
+    def __init__(self, config: ModelConfig, embedding: Embedding | None) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.embedding = embedding
+
+    def learn_from(self, x: Tensor, y: Tensor) -> None:
+        """Gives the training rows to the embedding."""
+        if self.embedding is not None:
+            self.embedding.learn_from(x, y)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return x if self.embedding is None else self.embedding(x)
+
+
+class _Block(nn.Module):
+    """x + linear(dropout(relu(linear(norm(x))))), the hidden layer twice as wide."""
+
+    def __init__(self, width: int, generators: Sequence[torch.Generator]) -> None:
+        super().__init__()
+        self.norm = StackedBatchNorm(len(generators), width)
+        self.up = StackedLinear(width, 2 * width, generators)
+        self.down = StackedLinear(2 * width, width, generators)
+        self.eval()
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        # In evaluation a batch norm overwrites what it is given.
+        hidden = self.up(self.norm(x if self.training else x.clone())).relu()
+        out: Tensor = self.down(hidden if mask is None else hidden * mask)
+        return out.add(x)
+
+
+class StackedResNet(_Embedded):
+    """R residual networks (Gorishniy et al. 2021, arXiv 2106.11959, section 3.2).
+
+    A linear layer, `depth` blocks, and a linear layer on relu(norm(x)). Dropout only within the
+    blocks, which are twice as wide inside.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: int,
+        outputs: int,
+        generators: Sequence[torch.Generator],
+        embedding: Embedding | None = None,
+    ) -> None:
+        super().__init__(config, embedding)
+        assert config.width is not None
+        self.masked = (2 * config.width,) * config.depth
+        self.input = StackedLinear(inputs, config.width, generators)
+        self.blocks = nn.ModuleList(_Block(config.width, generators) for _ in self.masked)
+        self.norm = StackedBatchNorm(len(generators), config.width)
+        self.head = StackedHead(config.width, outputs, generators)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [R, B, K] of features [R, B, D]."""
+        return self._logits(x, ())
+
+    def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
+        """Logits of a batch in training."""
+        return self._logits(x, masks)
+
+    def _logits(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        x = self.input(self._embed(x))
+        for i, block in enumerate(self.blocks):
+            x = block(x, masks[i] if masks else None)
+        return self.head(self.norm(x).relu())  # type: ignore[no-any-return]
+
+
+class StackedTabM(_Embedded):
+    """R ensembles of `members` networks that share their matrices (TabM, arXiv 2410.24210).
+
+    Every linear layer multiplies its inputs and its outputs with numbers that each member has of
+    its own, and has a bias and a last layer for each member; the members are trained each on its
+    own loss, and their probabilities are averaged. Initialised as in the authors' `tabm`: the
+    first multipliers are random signs, or normal where features are embedded, all others 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: int,
+        outputs: int,
+        generators: Sequence[torch.Generator],
+        embedding: Embedding | None = None,
+    ) -> None:
+        super().__init__(config, embedding)
+        assert config.members is not None
+        self.outputs_a_row = members = config.members
+        self.masked = tuple(members * width for width in config.widths)
+        self._activate = ACTIVATIONS[config.activation]
+        sizes = [inputs, *config.widths]
+        replicas = len(generators)
+        first = [
+            torch.empty(members, inputs).normal_(generator=generator) for generator in generators
+        ]
+        self.first = nn.Parameter(torch.stack(first if embedding else [f.sign() for f in first]))
+        self.linears = nn.ModuleList(
+            StackedLinear(a, b, generators, bias=False) for a, b in pairwise(sizes)
+        )
+        self.before = nn.ParameterList(
+            nn.Parameter(torch.ones(replicas, members, width)) for width in config.widths[:-1]
+        )
+        self.after = nn.ParameterList(
+            nn.Parameter(torch.ones(replicas, members, width)) for width in config.widths
+        )
+        self.biases = nn.ParameterList(
+            uniform(1 / math.sqrt(a), (members, b), generators) for a, b in pairwise(sizes)
+        )
+        bound = 1 / math.sqrt(sizes[-1])
+        self.head = uniform(bound, (members, sizes[-1], outputs), generators)
+        self.head_bias = uniform(bound, (members, 1, outputs), generators)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [R, B, K] of the members' mean probabilities."""
+        logits = self._logits(x, ())  # [R, k, B, K]
+        mean = log_probabilities(logits).logsumexp(1) - math.log(self.outputs_a_row)
+        if logits.shape[-1] == 1:
+            return (mean[..., 1:] - mean[..., :1]).to(x.dtype)
+        return mean.to(x.dtype)
+
+    def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
+        """Logits [R, B * members, K] of a batch in training, a row's members together."""
+        return self._logits(x, masks).transpose(1, 2).flatten(1, 2)
+
+    def _logits(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """Logits [R, k, B, K] of each member."""
+        rows, members = x.shape[1], self.outputs_a_row
+        x = self._embed(x).unsqueeze(1) * self.first.unsqueeze(2)  # [R, k, B, in]
+        for i, linear in enumerate(self.linears):
+            if i:
+                x = x * self.before[i - 1].unsqueeze(2)
+            x = linear(x.flatten(1, 2)).view(len(x), members, rows, -1)
+            x = torch.addcmul(self.biases[i].unsqueeze(2), x, self.after[i].unsqueeze(2))
+            x = self._activate(x)
+            if masks:
+                x = x * masks[i].view(len(x), rows, members, -1).transpose(1, 2)
+        flat = torch.baddbmm(
+            self.head_bias.flatten(0, 1), x.flatten(0, 1), self.head.flatten(0, 1)
+        )
+        return flat.view(*x.shape[:2], *flat.shape[1:])
+
+
+class StackedNCA(_Embedded):
+    """R learnt nearest-neighbour classifiers (ModernNCA, Ye et al. 2024, arXiv 2407.03257).
+
+    Rows are mapped to points; a class's probability is the share of training rows of that class,
+    each weighted with exp(-distance to the row), and the logits are its logarithm. In training a
+    batch's neighbours are other rows of the epoch's random order (the paper's random share of
+    one half of the training rows), without the row itself; afterwards all training rows, which
+    the network keeps. Of more than 8192 the first ones of a fixed random order stand for all.
+    """
+
+    neighbours: Tensor
+    classes: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: int,
+        outputs: int,
+        generators: Sequence[torch.Generator],
+        embedding: Embedding | None = None,
+    ) -> None:
+        super().__init__(config, embedding)
+        assert config.width is not None
+        self.masked = (2 * config.width,) * config.depth
+        self._outputs = outputs
+        self.input = StackedLinear(inputs, config.width, generators)
+        self.blocks = nn.ModuleList(_Block(config.width, generators) for _ in self.masked)
+        norm = StackedBatchNorm(len(generators), config.width) if config.depth else None
+        self.norm = norm or nn.Identity()
+        self.register_buffer("neighbours", torch.empty(len(generators), 0, 0))
+        self.register_buffer("classes", torch.empty(len(generators), 0, dtype=torch.int64))
+
+    def context(self, rows: int) -> int:
+        """Half of the training rows of an epoch, 2048 at most."""
+        return min(rows // 2, _MOST_CONTEXT)
+
+    def learn_from(self, x: Tensor, y: Tensor) -> None:
+        """Keeps the training rows as neighbours."""
+        super().learn_from(x, y)
+        if x.shape[1] > _MOST_NEIGHBOURS:
+            order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
+            kept = order[:_MOST_NEIGHBOURS].to(x.device)
+            x, y = x[:, kept], y[:, kept]
+        self.neighbours, self.classes = x.clone(), y.clone()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [R, B, K] of features [R, B, D] by all neighbours."""
+        points = self._points(self.neighbours, ())
+        parts = [
+            self._logits(self._points(part, ()), points, self.classes)
+            for part in torch.split(x, _QUERIES_A_CHUNK, dim=1)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
+        """Logits [R, B, K] of the first B rows; all rows but a row itself are its neighbours."""
+        points = self._points(x, masks)
+        return self._logits(points[:, :batch], points, y, without_itself=True)
+
+    def _points(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        x = self.input(self._embed(x))
+        for i, block in enumerate(self.blocks):
+            x = block(x, masks[i] if masks else None)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _logits(
+        self, points: Tensor, neighbours: Tensor, classes: Tensor, *, without_itself: bool = False
+    ) -> Tensor:
+        distance = torch.cdist(points, neighbours)
+        if without_itself:
+            itself = torch.eye(*distance.shape[1:], dtype=torch.bool, device=distance.device)
+            distance = distance.masked_fill(itself, torch.inf)
+        one_hot = functional.one_hot(classes, max(self._outputs, 2)).to(distance.dtype)
+        share = torch.bmm(functional.softmax(-distance, dim=-1), one_hot)
+        log_p = torch.log(share + _LEAST_SHARE)
+        return log_p[..., 1:] - log_p[..., :1] if self._outputs == 1 else log_p
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Makes room for as many neighbours as were stored."""
+        for name in ("neighbours", "classes"):
+            if prefix + name in state:
+                setattr(self, name, torch.empty_like(state[prefix + name]))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+_FAMILIES: dict[str, Callable[..., Network]] = {
+    "mlp": StackedMLP,
+    "resnet": StackedResNet,
+    "tabm": StackedTabM,
+    "nca": StackedNCA,
+}
+
+
+def make_network(
+    config: ModelConfig,
+    numeric: int,
+    inputs: int,
+    outputs: int,
+    generators: Sequence[torch.Generator],
+) -> Network:
+    """The stacked network of a config, with its initial weights.
+
+    Args:
+        config: What network.
+        numeric: How many of the features are numeric; the first ones.
+        inputs: Features D.
+        outputs: Logits K.
+        generators: One for each replica.
+    """
+    embedding = make_embedding(config, numeric, generators)
+    inputs = inputs if embedding is None else embedding.outputs(inputs)
+    return _FAMILIES[config.family](config, inputs, outputs, generators, embedding).eval()
