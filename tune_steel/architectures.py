@@ -71,7 +71,7 @@ class _Block(nn.Module):
 class StackedResNet(_Embedded):
     """R residual networks (Gorishniy et al. 2021, arXiv 2106.11959, section 3.2).
 
-    A linear layer, `depth` blocks, and a linear layer on relu(norm(x)). Dropout only within the
+    A linear layer, `blocks` blocks, and a linear layer on relu(norm(x)). Dropout only within the
     blocks, which are twice as wide inside.
     """
 
@@ -85,7 +85,8 @@ class StackedResNet(_Embedded):
     ) -> None:
         super().__init__(config, embedding)
         assert config.width is not None
-        self.masked = (2 * config.width,) * config.depth
+        assert config.blocks is not None
+        self.masked = (2 * config.width,) * config.blocks
         self.input = StackedLinear(inputs, config.width, generators)
         self.blocks = nn.ModuleList(_Block(config.width, generators) for _ in self.masked)
         self.norm = StackedBatchNorm(len(generators), config.width)
@@ -187,9 +188,10 @@ class StackedNCA(_Embedded):
 
     Rows are mapped to points; a class's probability is the share of training rows of that class,
     each weighted with exp(-distance to the row), and the logits are its logarithm. In training a
-    batch's neighbours are other rows of the epoch's random order (the paper's random share of
-    one half of the training rows), without the row itself; afterwards all training rows, which
-    the network keeps. Of more than 8192 the first ones of a fixed random order stand for all.
+    batch's neighbours are the batch and a quarter of the other rows, those that come next in the
+    epoch's random order (the paper draws up to 60 % anew for each batch), without the row itself;
+    afterwards all training rows, which the network keeps. Of more than 8192 the first ones of a
+    fixed random order stand for all.
     """
 
     neighbours: Tensor
@@ -205,18 +207,19 @@ class StackedNCA(_Embedded):
     ) -> None:
         super().__init__(config, embedding)
         assert config.width is not None
-        self.masked = (2 * config.width,) * config.depth
+        assert config.blocks is not None
+        self.masked = (2 * config.width,) * config.blocks
         self._outputs = outputs
         self.input = StackedLinear(inputs, config.width, generators)
         self.blocks = nn.ModuleList(_Block(config.width, generators) for _ in self.masked)
-        norm = StackedBatchNorm(len(generators), config.width) if config.depth else None
+        norm = StackedBatchNorm(len(generators), config.width) if config.blocks else None
         self.norm = norm or nn.Identity()
         self.register_buffer("neighbours", torch.empty(len(generators), 0, 0))
         self.register_buffer("classes", torch.empty(len(generators), 0, dtype=torch.int64))
 
     def context(self, rows: int) -> int:
-        """Half of the training rows of an epoch, 2048 at most."""
-        return min(rows // 2, _MOST_CONTEXT)
+        """A quarter of the training rows of an epoch, 2048 at most."""
+        return min(rows // 4, _MOST_CONTEXT)
 
     def learn_from(self, x: Tensor, y: Tensor) -> None:
         """Keeps the training rows as neighbours."""

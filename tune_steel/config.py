@@ -20,9 +20,10 @@ class ModelConfig(_Section):
     Attributes:
         family: `mlp`, `resnet`, `tabm` (an ensemble that shares its weights) or `nca` (the
             classes of the nearest training rows in a learnt space).
-        depth: Hidden layers of `mlp` and `tabm`; blocks of `resnet` and `nca`.
-        width_1: Units of the first hidden layer of `mlp` and `tabm`; `width_2` and so on of the
+        depth: Of `mlp` and `tabm`: hidden layers.
+        width_1: Of `mlp` and `tabm`: units of the first hidden layer; `width_2` and so on of the
             others.
+        blocks: Of `resnet` and `nca`: residual blocks.
         width: Of `resnet` and `nca`: units between the blocks.
         activation: Of `mlp` and `tabm`.
         batch_norm: Of `mlp`; the blocks of `resnet` and `nca` always have it, `tabm` never.
@@ -36,11 +37,12 @@ class ModelConfig(_Section):
     """
 
     family: Literal["mlp", "resnet", "tabm", "nca"] = "mlp"
-    depth: int = Field(ge=0, le=4)
+    depth: int | None = Field(default=None, ge=1, le=4)
     width_1: int | None = Field(default=None, ge=1, le=4096)
     width_2: int | None = Field(default=None, ge=1, le=4096)
     width_3: int | None = Field(default=None, ge=1, le=4096)
     width_4: int | None = Field(default=None, ge=1, le=4096)
+    blocks: int | None = Field(default=None, ge=0, le=8)
     width: int | None = Field(default=None, ge=1, le=4096)
     activation: Literal["relu", "gelu", "silu"] = "relu"
     batch_norm: bool = True
@@ -48,7 +50,7 @@ class ModelConfig(_Section):
     members: int | None = Field(default=None, ge=1, le=64)
     embedding: Literal["none", "pbld", "plr", "piecewise_quantile", "piecewise_tree"] = "none"
     embedding_width: int | None = Field(default=None, ge=2, le=64)
-    frequencies: int | None = Field(default=None, ge=1, le=256)
+    frequencies: int = Field(default=16, ge=1, le=256)
     frequency_scale: float | None = Field(default=None, gt=0, le=100)
     bins: int | None = Field(default=None, ge=2, le=128)
 
@@ -56,13 +58,15 @@ class ModelConfig(_Section):
     def _fits_the_family(self) -> Self:
         given = [self.width_1, self.width_2, self.width_3, self.width_4]
         layered = self.family in ("mlp", "tabm")
-        if self.depth < 1 and self.family != "nca":
-            raise ValueError(f"family {self.family!r} needs a depth of at least 1")
+        self._needs("family", self.family, "depth", layered)
         for layer, width in enumerate(given, start=1):
-            if (width is not None) != (layered and layer <= self.depth):
+            if (width is not None) != (layer <= (self.depth or 0)):
                 verb = "needs" if width is None else "has no layer for"
-                raise ValueError(f"{self.family} of depth {self.depth} {verb} width_{layer}")
+                raise ValueError(f"depth {self.depth or 0} {verb} width_{layer}")
+        self._needs("family", self.family, "blocks", not layered)
         self._needs("family", self.family, "width", not layered)
+        if self.family == "resnet" and self.blocks == 0:
+            raise ValueError("family 'resnet' needs at least one of its blocks")
         self._needs("family", self.family, "members", self.family == "tabm")
         return self
 
@@ -70,7 +74,6 @@ class ModelConfig(_Section):
     def _fits_the_embedding(self) -> Self:
         periodic = self.embedding in ("pbld", "plr")
         self._needs("embedding", self.embedding, "embedding_width", self.embedding != "none")
-        self._needs("embedding", self.embedding, "frequencies", periodic)
         self._needs("embedding", self.embedding, "frequency_scale", periodic)
         self._needs("embedding", self.embedding, "bins", self.embedding.startswith("piecewise"))
         return self
@@ -124,12 +127,19 @@ class LossConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """Adam with weight decay in the gradient (`adam`) or decoupled (`adamw`)."""
+    """Adam with weight decay in the gradient (`adam`) or decoupled (`adamw`).
+
+    Attributes:
+        name: `adam` or `adamw`.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        batch_size: Rows a step.
+    """
 
     name: Literal["adam", "adamw"] = "adam"
     lr: float = Field(gt=0, le=10)
     weight_decay: float = Field(default=0.0, ge=0)
-    batch_size: int = Field(ge=2)
+    batch_size: int = Field(default=256, ge=2)
 
 
 class ScheduleConfig(_Section):

@@ -61,7 +61,6 @@ class Pbld(Embedding):
         self, config: ModelConfig, numeric: int, generators: Sequence[torch.Generator]
     ) -> None:
         assert config.embedding_width is not None
-        assert config.frequencies is not None
         assert config.frequency_scale is not None
         super().__init__(numeric, config.embedding_width)
         waves = config.frequencies
@@ -87,7 +86,6 @@ class Plr(Embedding):
         self, config: ModelConfig, numeric: int, generators: Sequence[torch.Generator]
     ) -> None:
         assert config.embedding_width is not None
-        assert config.frequencies is not None
         assert config.frequency_scale is not None
         super().__init__(numeric, config.embedding_width)
         waves = config.frequencies
