@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -64,7 +65,10 @@ def config_of(**settings):
     }
     sections = {
         "model": ("depth", "width_1", "width_2", "width_3", "activation", "batch_norm", "dropout"),
-        "loss": ("pos_weight", "class_weight_power", "class_weights", "label_smoothing"),
+        "loss": (
+            *("pos_weight", "class_weight_power", "class_weights", "label_smoothing"),
+            "focal_gamma",
+        ),
         "optimizer": ("name", "lr", "weight_decay", "batch_size"),
         "schedule": (
             "plateau_factor",
@@ -384,6 +388,94 @@ def test_the_training_loss_and_its_gradient_are_those_of_torch(classes, smoothin
         (gradient,) = torch.autograd.grad(expected, logits)
         own = loss.gradient(logits.detach(), *targets)
         assert_close(own[index], gradient[index])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_focal_loss_is_its_formula_and_its_gradient_is_autograds(classes, smoothing):
+    weights = {2: {"pos_weight": 3.0}, 3: {"class_weight_power": 0.7}}[classes]
+    config = config_of(**weights, label_smoothing=smoothing, focal_gamma=1.5)
+    development = develop(classes)
+    loss = TrainingLoss(config, development, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(classes)
+    shape = (5, 9, 1 if classes == 2 else classes)
+    logits = (3 * torch.randn(shape, generator=generator)).double().requires_grad_()
+    y = torch.randint(0, classes, shape[:2], generator=generator)
+    targets = loss.targets(y, torch.float64)
+    w = [1.0, 3.0] if classes == 2 else development.reference_weights**0.7
+    w = torch.tensor(w).double()
+    q = ((1 - smoothing) * nn.functional.one_hot(y, classes) + smoothing / classes) * w
+    p = torch.cat([-logits, logits], -1).sigmoid() if classes == 2 else logits.softmax(-1)
+    rows = -(q * (1 - p) ** 1.5 * p.log()).sum(-1)
+    expected = rows.sum(1) / (9.0 if classes == 2 else w[y].sum(1))
+    assert_close(loss.values(logits, targets), expected)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    assert_close(loss.gradient(logits.detach(), *targets), gradient)
+
+
+FAMILIES = {
+    "resnet": {"blocks": 1, "width": 8},
+    "tabm": {"depth": 1, "width_1": 8, "members": 3},
+    "nca": {"blocks": 1, "width": 8},
+}
+
+
+def family_config(family, dropout=0.3, **schedule):
+    embedded = {"embedding": "pbld", "embedding_width": 3, "frequency_scale": 0.3}
+    return TrialConfig.model_validate(
+        {
+            "model": {"family": family, "dropout": dropout, **FAMILIES[family], **embedded},
+            "optimizer": {"lr": 1e-2, "batch_size": 32},
+            "schedule": {"early_stop_patience": 50, **schedule},
+        }
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_the_same_bit_for_bit_again(family, classes):
+    curves = []
+    for _ in range(2):
+        development = develop(classes)
+        fit = Fit(family_config(family), development, development.folds, SEEDS)
+        records = list(fit.epochs(6))
+        curves.append([(r.val_loss, *r.train_loss) for r in records])
+        assert records[-1].train_loss.mean() < records[0].train_loss.mean()
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replica_of_every_family_is_the_run_that_it_would_be_alone(family):
+    development = develop()
+    config = family_config(family)
+    folds = [development.folds[0]] * 3  # equally large
+    together = Fit(config, development, folds, SEEDS)
+    alone = Fit(config, development, folds[1:2], SEEDS[1:2])
+    for _ in range(2):
+        losses = together.train_epoch(1e-3)[1], alone.train_epoch(1e-3)[0]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_neighbours_are_training_rows_of_the_own_fold_only():
+    development = develop()
+    fit = Fit(family_config("nca"), development, development.folds, SEEDS)
+    for r, (train, _) in enumerate(development.folds):
+        own = fit._x[r, torch.tensor(train)]
+        for row in fit.network.neighbours[r]:
+            assert (own == row).all(1).any()
+    index = fit._batches_of(torch.arange(80).repeat(3, 1), slice(0, 64), 32)
+    assert index.shape == (2, 3, 32 + 20)
+    assert index[1, 0].tolist() == [*range(32, 80), *range(4)]  # once around
+
+
+def test_a_cosine_falls_over_its_own_epochs_and_ends_the_run():
+    development = develop()
+    config = family_config("resnet", kind="cosine", cosine_epochs=4)
+    fit = Fit(config, development, development.folds, SEEDS)
+    records = list(fit.epochs(50))
+    expected = [1e-2 * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)]
+    assert [r.learning_rate for r in records] == pytest.approx(expected)
+    assert [r.converged for r in records] == [False, False, False, True]
 
 
 def curve():

@@ -47,27 +47,31 @@ def test_the_first_trial_of_a_shipped_space_is_the_reference_network(name: str) 
     assert (config.optimizer.name, config.optimizer.lr) == ("adam", 1e-3)
     assert (config.optimizer.batch_size, config.optimizer.weight_decay) == (32, 0.0)
     assert (config.schedule.plateau_factor, config.schedule.plateau_patience) == (0.5, 10)
-    assert config.schedule.early_stop_patience == (10 if name == "binary.toml" else 20)
+    patience = 10 if name in ("binary.toml", "wide.toml") else 20
+    assert config.schedule.early_stop_patience == patience
     assert config.schedule.early_stop_min_delta == 0.01
     assert config.loss.pos_weight == (2.0 if name == "binary.toml" else None)
 
 
-def test_all_three_tasks_have_a_space() -> None:
-    assert shipped() == ["binary.toml", "faults7.toml", "multiclass.toml"]
+def test_all_three_tasks_have_a_space_and_one_holds_everything() -> None:
+    assert shipped() == ["binary.toml", "faults7.toml", "multiclass.toml", "wide.toml"]
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_everything_a_shipped_space_samples_is_a_valid_config(name: str) -> None:
     space = load_space(spaces_folder() / name)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    depths = set()
+    depths, families = set(), set()
     for _ in range(200):
         params = space.suggest(study.ask())
         config = space.config(params)
         depths.add(config.model.depth)
-        assert len(config.model.widths) == config.model.depth
+        families.add(config.model.family)
+        assert len(config.model.widths) == (config.model.depth or 0)
         assert ("optimizer.weight_decay" in params) == (config.optimizer.name == "adamw")
-    assert depths == {1, 2, 3, 4}
+    assert depths == {None, 1, 2, 3, 4}
+    every = {"mlp", "resnet", "tabm", "nca"}
+    assert families == (every if name == "wide.toml" else {"mlp", "nca"})
 
 
 def test_a_leaf_is_sampled_only_where_its_condition_holds() -> None:

@@ -99,6 +99,8 @@ class LossConfig(_Section):
             frequencies to this power; 0 is no weighting, 1 is balanced.
         class_weights: More than two classes: one weight per class name.
         label_smoothing: Share of the target spread evenly over the classes.
+        focal_gamma: Each class's term is multiplied with (1 - p)^gamma: rows that are already
+            right count less (focal loss, Lin et al. 2017, arXiv 1708.02002). 0 is cross-entropy.
     """
 
     pos_weight: float | None = Field(default=None, gt=0)
@@ -106,6 +108,7 @@ class LossConfig(_Section):
     class_weight_power: float | None = Field(default=None, ge=0, le=4)
     class_weights: dict[str, float] | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    focal_gamma: float = Field(default=0.0, ge=0, le=10)
 
     @model_validator(mode="after")
     def _one_kind_of_weights(self) -> Self:

@@ -33,6 +33,7 @@ from tune_steel.splits import Development
 
 _ROWS_A_CHUNK = 65_536
 _ROWS_A_BLOCK = 1024
+_LEAST_REST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,8 @@ class TrainingLoss:
     weighted mean of `cross_entropy`, that is, over the sum of the rows' weights.
 
     A row's loss is -sum_c q_c log p_c, where q is the smoothed one-hot vector of its class times
-    the class weights: the gradient of its logits is p sum(q) - q.
+    the class weights: the gradient of its logits is p sum(q) - q. With `focal_gamma` each term is
+    multiplied with (1 - p_c)^gamma; the mean stays over the same weights.
     """
 
     def __init__(
@@ -319,6 +321,7 @@ class TrainingLoss:
         else:
             weights = development.reference_weights ** (loss.class_weight_power or 0.0)
         even = loss.label_smoothing / classes
+        self._gamma = loss.focal_gamma
         q = ((1 - loss.label_smoothing) * np.eye(classes) + even) * weights
 
         self._minus_q = torch.tensor(-q[:, 1:] if classes == 2 else -q, device=device)
@@ -334,6 +337,10 @@ class TrainingLoss:
         """Mean loss [...] of logits [..., B, K]."""
         minus_q, total = targets
         logits = logits.double()
+        if self._gamma:
+            q = _both(total, -minus_q) if logits.shape[-1] == 1 else -minus_q
+            log_p = log_probabilities(logits)
+            return -(q * (1 - log_p.exp()) ** self._gamma * log_p).sum((-2, -1))
         if logits.shape[-1] == 1:
             normalizer = -functional.logsigmoid(-logits)
         else:
@@ -343,8 +350,26 @@ class TrainingLoss:
 
     def gradient(self, logits: Tensor, minus_q: Tensor, total: Tensor) -> Tensor:
         """The gradient of the mean loss in the logits."""
+        if self._gamma:
+            return self._focal_gradient(logits, minus_q, total)
         p = logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
         return torch.addcmul(minus_q, p, total)
+
+    def _focal_gradient(self, logits: Tensor, minus_q: Tensor, total: Tensor) -> Tensor:
+        gamma, one = self._gamma, logits.shape[-1] == 1
+        q = _both(total, -minus_q) if one else -minus_q
+        log_p = log_probabilities(logits)
+        p = log_p.exp()
+        rest = (1 - p).clamp(min=_LEAST_REST)
+        # Of each term in its p, times p; then through the softmax.
+        slope = q * rest**gamma * (gamma * p / rest * log_p - 1)
+        gradient = slope - p * slope.sum(-1, keepdim=True)
+        return (gradient[..., 1:] if one else gradient).to(logits.dtype)
+
+
+def _both(total: Tensor, second: Tensor) -> Tensor:
+    """The targets of both classes, from their sum and that of the second class."""
+    return torch.cat([total - second, second], dim=-1)
 
 
 def _generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:
