@@ -6,6 +6,7 @@ from plain_network import generators, normal
 from rtdl_num_embeddings import PeriodicEmbeddings, PiecewiseLinearEmbeddings, compute_bins
 from torch import nn
 
+import tune_steel.embeddings
 from tune_steel.config import ModelConfig
 from tune_steel.embeddings import make_embedding
 
@@ -43,6 +44,23 @@ def test_pbld_is_cosines_a_linear_layer_and_the_feature_itself():
             expected = torch.cat([value, linear], dim=1)
             torch.testing.assert_close(out[r, :, 4 * feature : 4 * feature + 4], expected)
         assert torch.equal(out[r, :, P * 4 :], x[r, :, P:])
+
+
+def test_the_gradients_of_pbld_are_those_of_autograd_however_it_is_cut(monkeypatch):
+    stacked = embedding("pbld").double()
+    x = rows()[0].double()
+    weights = normal(REPLICAS, ROWS, stacked.outputs(D), seed=2).double()
+    value = x[:, :, :P].transpose(1, 2).unsqueeze(-1)
+    waves = torch.cos(2 * math.pi * stacked.frequency * value + stacked.phase)
+    linear = waves @ stacked.weight + stacked.bias
+    plain = torch.cat([value, linear], dim=-1).transpose(1, 2).flatten(2)
+    parameters = list(stacked.parameters())
+    expected = torch.autograd.grad((plain * weights[:, :, : P * 4]).sum(), parameters)
+    for numbers in (1, ROWS * 6 * 4, 10**6):  # one feature, four, all at a time
+        monkeypatch.setattr(tune_steel.embeddings, "_NUMBERS_IN_CACHE", numbers)
+        got = torch.autograd.grad((stacked(x) * weights).sum(), parameters)
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_plr_equals_the_authors_layer():
