@@ -31,7 +31,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -50,6 +49,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sklearn.model_selection import StratifiedKFold
 
+from benchmarks import quality
 from benchmarks.peers.training import Request, Trial
 from benchmarks.process import Usage, run
 from tune_steel.data import load_steel
@@ -139,7 +139,9 @@ class Outcome:
     versions: Mapping[str, str]
 
 
-def set_up(folder: Path, *, folds: int, repeat: int, samples: int, most: int, workers: int) -> Setting:
+def set_up(
+    folder: Path, *, folds: int, repeat: int, samples: int, most: int, workers: int
+) -> Setting:
     """Cuts the table as a search with this seed does, and writes it for the peers."""
     given = os.environ.get("TUNE_STEEL_DATA")
     table = load_steel(None, "auto" if given else "stand-in")
@@ -189,7 +191,7 @@ def run_method(method: str, setting: Setting, python: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": method,
         "data_source": setting.data_source,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "machine": quality.machine(),
         "started": datetime.fromtimestamp(usage.started, UTC).isoformat(timespec="seconds"),
         "folds": setting.folds,
         "repeat": request.seed,
@@ -228,7 +230,7 @@ def read_own(folder: Path, samples: int) -> Outcome:
     (path,) = folder.glob("*/run.json")
     about = json.loads(path.read_text(encoding="utf-8"))
     journal = JournalStorage(JournalFileBackend(str(path.with_name("study.journal"))))
-    study = optuna.load_study(study_name=None, storage=journal)
+    study = optuna.load_study(study_name=about["run"], storage=journal)
     ended = {t.number: t.datetime_complete for t in study.get_trials(deepcopy=False)}
     trials = {
         row["trial"]: Trial(
@@ -247,7 +249,9 @@ def read_own(folder: Path, samples: int) -> Outcome:
 def read_peer(folder: Path, samples: int) -> Outcome:
     """What a peer answered."""
     answer = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
-    trials = sorted((Trial(**trial) for trial in answer["trials"]), key=lambda t: t.ended)[:samples]
+    trials = sorted((Trial(**trial) for trial in answer["trials"]), key=lambda t: t.ended)[
+        :samples
+    ]
     return Outcome(trials, min(trials, key=lambda t: t.best_val_loss), answer["versions"])
 
 
@@ -342,8 +346,8 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
         target = next((row["target"] for row in part if row.get("target")), None)
         lines.append(
             f"{'one split' if folds == 1 else f'{folds} folds'}, {first['samples']} trials of at "
-            f"most {first['max_epochs']} epochs, {first['workers']} at once, {first['data_source']}"
-            + (f", target {target:.4f}" if target else "")
+            f"most {first['max_epochs']} epochs, {first['workers']} at once, "
+            f"{first['data_source']}{f', target {target:.4f}' if target else ''}"
         )
         ours = {row["repeat"]: row for row in part if row["method"] == OURS}
         for method in dict.fromkeys(row["method"] for row in part):
@@ -379,21 +383,11 @@ def _beside(
         return ""
     if column.endswith("loss"):
         differences = [own - other for other, own in pairs]
-        return f"ours {np.median(differences):+.4f} ({min(differences):+.4f} {max(differences):+.4f})"
+        return (
+            f"ours {np.median(differences):+.4f} ({min(differences):+.4f} {max(differences):+.4f})"
+        )
     ratios = [own / other for other, own in pairs]
     return f"ours x {np.median(ratios):.2f} ({min(ratios):.2f} {max(ratios):.2f})"
-
-
-def can_import(python: str, package: str) -> bool:
-    import subprocess
-
-    found = subprocess.run([python, "-c", f"import {package}"], capture_output=True, check=False)
-    return found.returncode == 0
-
-
-@app.callback()
-def main() -> None:
-    """This project beside its peers."""
 
 
 @app.command()
@@ -426,7 +420,9 @@ def search(
                 )
                 settings[count, repeat] = setting
                 for name in methods:
-                    row = run_method(name, setting, syne_python if name == "syne" else sys.executable)
+                    row = run_method(
+                        name, setting, syne_python if name == "syne" else sys.executable
+                    )
                     rows.append(row)
                     write_table(output, rows, SCHEMA)
                     said = row.get("note") or f"{row['wall_s']:.0f} s, {row['trials']} trials"
@@ -434,6 +430,29 @@ def search(
         judge_all(rows, settings)
     write_table(output, rows, SCHEMA)
     print(report(rows))
+
+
+@app.command()
+def quality_in_time(
+    seconds: Annotated[float, typer.Option(help="What each method is given.")] = 120.0,
+    repeats: Annotated[int, typer.Option(help="Of each method.")] = 1,
+    workers: Annotated[int, typer.Option(help="Trials at once, and cores.")] = 2,
+    lightgbm_python: Annotated[str, typer.Option(help="A Python with lightgbm.")] = sys.executable,
+    autogluon_python: Annotated[
+        str, typer.Option(help="A Python with autogluon.tabular, which needs pandas 2.")
+    ] = sys.executable,
+    output: Annotated[Path, typer.Option(help="The table.")] = quality.PUBLISHED,
+) -> None:
+    """Out-of-fold log_loss against time, beside tuned LightGBM and AutoGluon."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
+    pythons = {quality.LIGHTGBM: lightgbm_python, quality.AUTOGLUON: autogluon_python}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="quality-", ignore_cleanup_errors=True) as scratch:
+        for repeat in range(repeats):
+            rows += quality.measure(seconds, repeat, workers, pythons, Path(scratch))
+            write_table(output, rows, quality.SCHEMA)
+    print(quality.report(rows))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,16 @@ def work(request: Request, worker: int) -> None:
     )
 
 
+def ended_trials(study: optuna.Study) -> list[Trial]:
+    trials = []
+    for trial in study.get_trials(deepcopy=False, states=ENDED):
+        losses = trial.intermediate_values
+        if losses and trial.state != TrialState.FAIL and trial.datetime_complete is not None:
+            ended = trial.datetime_complete.timestamp()
+            trials.append(Trial(trial.params, min(losses.values()), len(losses), ended))
+    return trials
+
+
 def main(request: Request) -> None:
     study = open_study(request, 0)
     study.enqueue_trial(load_space(Path(request.space)).defaults())
@@ -69,13 +79,7 @@ def main(request: Request) -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    trials = []
-    for trial in study.get_trials(deepcopy=False, states=ENDED):
-        losses = trial.intermediate_values
-        if losses and trial.state != TrialState.FAIL and trial.datetime_complete is not None:
-            ended = trial.datetime_complete.timestamp()
-            trials.append(Trial(trial.params, min(losses.values()), len(losses), ended))
-    request.answer(trials, torch=torch.__version__, optuna=optuna.__version__)
+    request.answer(ended_trials(study), torch=torch.__version__, optuna=optuna.__version__)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ counts loss and accuracy batch by batch, as the tutorials do.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers.training import Data, Fold, Request, Trial, epochs, weighted_nll
-from tune_steel.space import load_space
+from tune_steel.space import Space, load_space
 
 
 class LoaderFold(Fold):
@@ -59,13 +60,14 @@ def train(config: dict[str, Any], data: Data, request: Request) -> None:
         tune.report({"val_loss": epoch.val_loss, "best_val_loss": epoch.best_val_loss})
 
 
+def define_by_run(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    """Samples the leaves whose conditions hold; returns the constants."""
+    space.suggest(trial)
+    return {".".join(path): value for path, value in space.fixed.items()}
+
+
 def main(request: Request) -> None:
     space = load_space(Path(request.space))
-
-    def define_by_run(trial: optuna.Trial) -> dict[str, Any]:
-        space.suggest(trial)
-        return {".".join(path): value for path, value in space.fixed.items()}
-
     ray.init(address="local", num_cpus=request.workers)
     tuner = tune.Tuner(
         tune.with_resources(
@@ -76,7 +78,7 @@ def main(request: Request) -> None:
             mode="min",
             num_samples=request.samples,
             search_alg=OptunaSearch(
-                define_by_run,
+                partial(define_by_run, space=space),
                 metric="val_loss",
                 mode="min",
                 seed=request.seed,

@@ -140,7 +140,9 @@ def training_loss(config: Config, logits: Tensor, y: Tensor) -> Tensor:
 def weighted_nll(logits: Tensor, y: Tensor, weights: Tensor) -> tuple[float, float]:
     """Sums over rows of the weighted negative log-likelihood, and of the weights."""
     weight = weights[y.long()]
-    nll = functional.binary_cross_entropy_with_logits(logits.double(), y.double(), reduction="none")
+    nll = functional.binary_cross_entropy_with_logits(
+        logits.double(), y.double(), reduction="none"
+    )
     return float((weight * nll).sum()), float(weight.sum())
 
 
@@ -232,5 +234,3 @@ def epochs(
             reference, waited = loss, 0
         if waited >= config["schedule.early_stop_patience"]:
             return
-
-
