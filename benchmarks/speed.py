@@ -22,8 +22,14 @@ Times begin with the process. A search ends when its last trial does; the wall t
 whole process. The chosen configs are judged by one function on folds and with seeds that chose
 none of them, cut from the same development rows: lowest mean loss over its epochs, mean of the
 cuts. The target is the loss that one in ten of the recorded random configs beats
-(`curves/binary.parquet`); it is of five folds of the real table, and each method's time to it is
-that of the first trial that ended below it.
+(`curves/binary.parquet`), five folds of the real table cut with seed 0; the seed of a repeat is
+its number, and later ones have other cuts, all methods the same. Time to it is until the first
+trial that reached it had ended. Memory is looked at twice a second.
+
+The peers need `pip install '.[benchmark]'`; AutoGluon an environment of its own (`python -m venv
+FOLDER`, then `FOLDER/bin/pip install 'autogluon.tabular[lightgbm,catboost,xgboost]'`), named by
+`--autogluon-python FOLDER/bin/python`. A method that cannot run is a line of the output and a row
+of the table with the reason. `TUNE_STEEL_DATA` names the real table, else it is the stand-in.
 """
 
 from __future__ import annotations
@@ -399,17 +405,20 @@ def search(
     workers: Annotated[int, typer.Option(help="Trials at once, and cores.")] = 2,
     method: Annotated[list[str] | None, typer.Option(help="By default, all.")] = None,
     syne_python: Annotated[str, typer.Option(help="A Python with syne-tune.")] = sys.executable,
-    output: Annotated[Path, typer.Option(help="The table.")] = PUBLISHED,
+    output: Annotated[Path, typer.Option(help="The table; rows of other folds stay.")] = PUBLISHED,
 ) -> None:
     """Runs all methods in turn, judges what they chose, prints and publishes."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     methods = tuple(method or METHODS)
+    counts = folds or [1, 5]
+    others = pq.read_table(output).to_pylist() if output.exists() else []
+    others = [row for row in others if row["folds"] not in counts]
     rows: list[dict[str, Any]] = []
     settings: dict[tuple[int, int], Setting] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="speed-", ignore_cleanup_errors=True) as scratch:
         for repeat in range(repeats):
-            for count in folds or (1, 5):
+            for count in counts:
                 setting = set_up(
                     Path(scratch),
                     folds=count,
@@ -424,12 +433,12 @@ def search(
                         name, setting, syne_python if name == "syne" else sys.executable
                     )
                     rows.append(row)
-                    write_table(output, rows, SCHEMA)
+                    write_table(output, others + rows, SCHEMA)
                     said = row.get("note") or f"{row['wall_s']:.0f} s, {row['trials']} trials"
                     print(f"{name}, {count} folds, repeat {repeat}: {said}", file=sys.stderr)
         judge_all(rows, settings)
-    write_table(output, rows, SCHEMA)
-    print(report(rows))
+    write_table(output, others + rows, SCHEMA)
+    print(report(others + rows))
 
 
 @app.command()
