@@ -321,14 +321,16 @@ def judge(task: tuple[Development, Space, Params, int]) -> float:
 def judge_all(rows: Iterable[dict[str, Any]], settings: Mapping[tuple[int, int], Setting]) -> None:
     """Adds `judged_loss` to the rows."""
     rows = [row for row in rows if row.get("params")]
-    tasks = []
+    tasks = {}  # methods often choose the same config, such as the default
     for row in rows:
         setting = settings[row["folds"], row["repeat"]]
         params = json.loads(row["params"])
-        tasks.append((setting.development, setting.space, params, row["max_epochs"]))
+        task = setting.development, setting.space, params, row["max_epochs"]
+        tasks[row["repeat"], row["params"]] = task
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        for row, loss in zip(rows, pool.map(judge, tasks, chunksize=1), strict=True):
-            row["judged_loss"] = loss
+        losses = dict(zip(tasks, pool.map(judge, tasks.values(), chunksize=1), strict=True))
+    for row in rows:
+        row["judged_loss"] = losses[row["repeat"], row["params"]]
 
 
 COLUMNS = {

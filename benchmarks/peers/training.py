@@ -170,7 +170,7 @@ class Fold:
 
     def train(self) -> None:
         self.model.train()
-        for rows in torch.randperm(len(self.y)).split(self.size):
+        for rows in torch.split(torch.randperm(len(self.y)), self.size):
             if len(rows) > 1:  # batch norm needs a variance
                 self.step(self.x[rows], self.y[rows])
 
