@@ -57,6 +57,14 @@ SCHEMA = pa.schema(
 )
 
 
+def plain_network(inputs: int, widths: Sequence[int], outputs: int) -> nn.Module:
+    """The reference network with `torch.nn`: [B, inputs] -> [B, outputs]."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise([inputs, *widths]):
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), nn.Dropout(DROPOUT)]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+
 class Loop:
     """One epoch of all folds: `train`, then `score`."""
 
@@ -102,16 +110,10 @@ class Separate(Loop):
         self.x = torch.from_numpy(preprocessing.transform(development.features))
         self.y = torch.tensor(development.y)
         self.folds = [(torch.tensor(train), torch.tensor(val)) for train, val in development.folds]
-        self.networks = [self._network() for _ in self.folds]
+        inputs = self.x.shape[2]
+        self.networks = [plain_network(inputs, self.widths, 1) for _ in self.folds]
         self.optimizers = [torch.optim.Adam(n.parameters(), lr=LR) for n in self.networks]
         self.criterion = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(POS_WEIGHT))
-
-    def _network(self) -> nn.Module:
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise([self.x.shape[2], *self.widths]):
-            norm = nn.BatchNorm1d(outputs)
-            layers += [nn.Linear(inputs, outputs), norm, nn.ReLU(), nn.Dropout(DROPOUT)]
-        return nn.Sequential(*layers, nn.Linear(self.widths[-1], 1))
 
     def _step(self, fold: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.networks[fold](x).squeeze(1)
