@@ -55,7 +55,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sklearn.model_selection import StratifiedKFold
 
-from benchmarks import quality
+from benchmarks import quality_in_time
 from benchmarks.peers.training import Request, Trial
 from benchmarks.process import Usage, run
 from tune_steel.data import load_steel
@@ -197,7 +197,7 @@ def run_method(method: str, setting: Setting, python: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": method,
         "data_source": setting.data_source,
-        "machine": quality.machine(),
+        "machine": quality_in_time.machine(),
         "started": datetime.fromtimestamp(usage.started, UTC).isoformat(timespec="seconds"),
         "folds": setting.folds,
         "repeat": request.seed,
@@ -452,18 +452,21 @@ def quality_in_time(
     autogluon_python: Annotated[
         str, typer.Option(help="A Python with autogluon.tabular, which needs pandas 2.")
     ] = sys.executable,
-    output: Annotated[Path, typer.Option(help="The table.")] = quality.PUBLISHED,
+    output: Annotated[Path, typer.Option(help="The table.")] = quality_in_time.PUBLISHED,
 ) -> None:
     """Out-of-fold log_loss against time, beside tuned LightGBM and AutoGluon."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
-    pythons = {quality.LIGHTGBM: lightgbm_python, quality.AUTOGLUON: autogluon_python}
+    pythons = {
+        quality_in_time.LIGHTGBM: lightgbm_python,
+        quality_in_time.AUTOGLUON: autogluon_python,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="quality-", ignore_cleanup_errors=True) as scratch:
         for repeat in range(repeats):
-            rows += quality.measure(seconds, repeat, workers, pythons, Path(scratch))
-            write_table(output, rows, quality.SCHEMA)
-    print(quality.report(rows))
+            rows += quality_in_time.measure(seconds, repeat, workers, pythons, Path(scratch))
+            write_table(output, rows, quality_in_time.SCHEMA)
+    print(quality_in_time.report(rows))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class Pbld(Embedding):
 
     def _embed(self, x: Tensor) -> Tensor:
         given = (x, self.frequency, self.phase, self.weight, self.bias)
-        flat = _Waves.apply(*(part.flatten(0, 1) for part in given))
+        flat: Tensor = _Waves.apply(  # type: ignore[no-untyped-call]
+            *(part.flatten(0, 1) for part in given)
+        )
         return torch.cat([x, flat.view(*x.shape[:3], -1)], dim=-1)
 
 
@@ -98,7 +100,7 @@ class _Waves(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, frequency, phase, weight = ctx.saved_tensors
         of_weight = torch.empty_like(weight)
         of_both = x.new_empty(len(x), 2, weight.shape[1])
