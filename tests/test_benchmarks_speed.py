@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from benchmarks import process, quality, speed
+from benchmarks import process, quality_in_time, speed
 from benchmarks.peers import plain_optuna, ray_tune, training
 from tune_steel.config import TrialConfig
 from tune_steel.fit import TrainingLoss
@@ -186,17 +186,17 @@ def test_out_of_fold_log_loss_is_the_mean_of_the_folds() -> None:
     rng = np.random.default_rng(0)
     fold, y, p = rng.integers(3, size=90), rng.integers(2, size=90), rng.random(90)
     expected = np.mean([log_loss(y[fold == f], p[fold == f]) for f in range(3)])
-    assert quality.mean_log_loss(fold, y, p) == pytest.approx(expected)
+    assert quality_in_time.mean_log_loss(fold, y, p) == pytest.approx(expected)
 
 
 def test_the_curves_fall_and_say_who_reached_whom() -> None:
-    assert quality.lowest_so_far([(3, 0.5), (1, 0.7), (2, 0.8)]) == [(1, 0.7), (3, 0.5)]
+    assert quality_in_time.lowest_so_far([(3, 0.5), (1, 0.7), (2, 0.8)]) == [(1, 0.7), (3, 0.5)]
 
     def row(method: str, seconds: float, loss: float) -> dict[str, Any]:
         values = {"seconds": seconds, "log_loss": loss}
         return {"method": method, "repeat": 0, "given_s": 40.0, **values}
 
-    lines = quality.report(
+    lines = quality_in_time.report(
         [
             row("tune_steel", 9, 0.6),
             row("tune_steel", 19, 0.5),
