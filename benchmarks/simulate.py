@@ -52,10 +52,11 @@ from scipy.stats import t as student
 
 from benchmarks.surrogate import Curve, Surrogate
 from benchmarks.virtual import BUDGETS, Mark, Setting, model, replay
-from tune_steel.space import load_space, spaces_folder
+from tune_steel.space import load_space
 from tune_steel.tables import write_table
 
 CURVES = Path(__file__).parent / "curves"
+SPACES = Path(__file__).parent / "spaces"
 PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "simulator.parquet"
 PAGE = Path(__file__).parents[1] / "docs" / "defaults.md"
 
@@ -187,7 +188,7 @@ def compare(
 ) -> None:
     """Compares all settings and prints a table; each one is written as soon as it is done."""
     for name in task or sorted(path.stem for path in CURVES.glob("*.parquet")):
-        space = load_space(spaces_folder() / f"{name}.toml")
+        space = load_space(SPACES / f"{name}.toml")
         curves, most = read_curves(CURVES / f"{name}.parquet")
         lowest = min(curve.final for curve in curves)
         if "replay" in (part or ["replay"]):

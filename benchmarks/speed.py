@@ -63,7 +63,7 @@ from tune_steel.fit import Fit, prepare_process
 from tune_steel.options import default_grace_period
 from tune_steel.preprocess import fit_preprocessing
 from tune_steel.seeds import derive
-from tune_steel.space import Params, Space, load_space, spaces_folder
+from tune_steel.space import Params, Space, load_space
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tables import write_table
 from tune_steel.tasks import steel_task
@@ -71,6 +71,7 @@ from tune_steel.tasks import steel_task
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "results" / "published" / "speed.parquet"
 CURVES = ROOT / "benchmarks" / "curves" / "binary.parquet"
+SPACE = ROOT / "benchmarks" / "spaces" / "binary.toml"
 OURS = "tune_steel"
 METHODS = (OURS, "ray", "optuna", "syne")
 MODULES = {
@@ -158,7 +159,7 @@ def set_up(
     write_data(data, development)
     request = Request(
         data=str(data),
-        space=str(spaces_folder() / "binary.toml"),
+        space=str(SPACE),
         samples=samples,
         max_epochs=most,
         grace_period=default_grace_period(most),

@@ -20,11 +20,11 @@ from benchmarks.peers import plain_optuna, ray_tune, training
 from tune_steel.config import TrialConfig
 from tune_steel.fit import TrainingLoss
 from tune_steel.metrics import Scorer
-from tune_steel.space import load_space, spaces_folder
+from tune_steel.space import load_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SPACE = load_space(spaces_folder() / "binary.toml")
+SPACE = load_space(speed.SPACE)
 FIXED = {".".join(path): value for path, value in SPACE.fixed.items()}
 SMALL = SPACE.defaults() | {"model.width_1": 64, "model.width_2": 64, "model.width_3": 32}
 

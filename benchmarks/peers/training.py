@@ -1,6 +1,6 @@
 """What the peers train: networks of `torch.nn`, one a fold, an epoch of each in turn.
 
-Configs are flat, by dotted key, as `search_spaces/binary.toml` names them. A key whose condition
+Configs are flat, by dotted key, as `benchmarks/spaces/binary.toml` has them. A key whose condition
 does not hold is not read, so a searcher without conditions may give it a value all the same.
 """
 
