@@ -154,7 +154,7 @@ def test_what_is_kept_between_trials_changes_nothing(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     study = open_study(tmp_path / "j", "run")
     running: list[optuna.Trial] = []
-    for number in range(60):
+    for number in range(30):
         study.sampler = TPE(number)
         trial = study.ask()
         running.append(trial)
