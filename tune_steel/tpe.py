@@ -40,14 +40,12 @@ _FULL_WEIGHT = 25
 _PRIOR_WEIGHT = 1.0
 _NARROWEST = 100.0
 
+# Widths beyond which a normal distribution has less than rounding.
 _WHOLE = 9.0
-"""Widths beyond which a normal distribution has less than rounding."""
-
+# Kernels that are evaluated together: few enough to stay in a core's cache.
 _BLOCK = 512
-"""Kernels that are evaluated together: few enough to stay in a core's cache."""
-
+# Widths at which a normal density is 1e-27 of its peak: far below rounding beside the prior.
 _REACH = 11.0
-"""Widths at which a normal density is 1e-27 of its peak: far below rounding beside the prior."""
 
 
 class TPE(BaseSampler):
@@ -145,19 +143,15 @@ class History:
             counts = trial.state not in (TrialState.FAIL, TrialState.WAITING)
             self._counts[number] = counts
             for name, value in trial.params.items() if counts else ():
-                values = self._column(name).values
+                if name not in self._columns:
+                    self._columns[name] = _nothing(len(self._counts))
+                values = self._columns[name].values
                 if np.isnan(values[number]):
                     values[number] = trial.distributions[name].to_internal_repr(value)
                     new.setdefault(name, []).append(number)
         for name, numbers in new.items():
             _sort_in(self._columns[name], numbers)
         self._seen = len(trials)
-
-    def _column(self, name: str) -> Column:
-        if name not in self._columns:
-            nothing = np.full(len(self._counts), np.nan)
-            self._columns[name] = Column(nothing, np.zeros(0, dtype=np.int64))
-        return self._columns[name]
 
     def split(self, number: int) -> Split:
         """The trials, divided into the good ones and the others, for sampling a new one.
@@ -181,6 +175,10 @@ def _grown(array: NDArray[Any], size: int, fill: float | bool) -> NDArray[Any]:
     out = np.full(size, fill, dtype=array.dtype)
     out[: len(array)] = array
     return out
+
+
+def _nothing(size: int) -> Column:
+    return Column(np.full(size, np.nan), np.zeros(0, dtype=np.int64))
 
 
 def _sort_in(column: Column, numbers: list[int]) -> None:
@@ -228,8 +226,7 @@ def densities(
     split: Split, name: str, distribution: BaseDistribution
 ) -> tuple[Categories | Kernels, Categories | Kernels]:
     """The densities of a parameter among the good trials and among the others."""
-    nothing = Column(np.full(len(split.below), np.nan), np.zeros(0, dtype=np.int64))
-    column = split.columns.get(name, nothing)
+    column = split.columns.get(name) or _nothing(len(split.below))
     known = ~np.isnan(column.values)
     sides = split.below & known, split.above & known
     if isinstance(distribution, CategoricalDistribution):
@@ -397,8 +394,6 @@ def _sum_of_normals(x: Floats, middles: Floats, widths: Floats, weights: Floats)
         reach = _REACH * widths[block].max()
         near = (x > here.min() - reach) & (x < here.max() + reach)
         z = (x[near, np.newaxis] - here) / widths[block]
-        z *= z
-        z *= -0.5
-        np.exp(z, out=z)
-        out[near] += z @ heights[block]
+        z *= -0.5 * z
+        out[near] += np.exp(z, out=z) @ heights[block]
     return out
