@@ -1,4 +1,4 @@
-"""How the next config is found: Optuna's samplers, one of them seeing stopped trials, and a grid.
+"""How the next config is found: samplers of Optuna's interface, and a grid.
 
 A sampler is made anew for every trial from the run's seed and the trial's slot, so what is sampled
 depends on what the study holds and on nothing that dies with the process.
@@ -13,12 +13,13 @@ from typing import Any, Literal, TypeAlias
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_steel.errors import OptionError
 from tune_steel.seeds import derive
 from tune_steel.space import Leaf, Params, Space, Value
+from tune_steel.tpe import TPE
 
 SearchName: TypeAlias = Literal["tpe", "random", "gp", "grid"]
 
@@ -36,7 +37,7 @@ def make_sampler(name: SearchName, seed: int, slot: int) -> BaseSampler:
     trial_seed = derive(seed, "sampler", slot)
     if name == "tpe":
         # Optuna's default, all parameters together, found worse configs (docs/defaults.md).
-        return TPESampler(seed=trial_seed, multivariate=False)
+        return TPE(trial_seed)
     if name == "gp":
         return StoppedTrialsGP(
             seed=trial_seed,
