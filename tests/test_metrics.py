@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -215,3 +218,23 @@ def test_the_losses_of_confident_errors_are_not_cut_off():
     assert scores["loss"] == pytest.approx(200)
     assert scores["log_loss"] == pytest.approx(200)
     assert scores["auroc"] == 0
+
+
+def test_a_worker_imports_neither_what_it_does_not_score_with_nor_a_compiler():
+    code = """
+import sys
+import torch
+import tune_steel.metrics
+from tune_steel.config import OptimizerConfig
+from tune_steel.fused import Adam
+
+class Flat:
+    parameters = gradients = torch.zeros(4)
+
+Adam(OptimizerConfig(lr=0.1, batch_size=32), Flat())
+heavy = ("scipy.signal", "scipy.stats", "sklearn", "torch._dynamo", "sympy")
+assert not [name for name in heavy if name in sys.modules]
+import scipy.signal
+assert len(scipy.signal.windows.hann(8)) == 8
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,16 +13,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassPrecision,
-)
-from torchmetrics.functional.classification import multilabel_auroc
 
 from tune_steel.networks import log_probabilities
 from tune_steel.scores import score_names
+
+
+@contextmanager
+def _without_scipy_signal() -> Iterator[None]:
+    """Lets torchmetrics (1.8, 1.9) import without scipy.signal.
+
+    It imports it only to patch it for an audio package, which costs each worker a second and
+    65 MB. Who imports scipy.signal afterwards gets the real one.
+    """
+    if "scipy.signal" in sys.modules:
+        yield
+        return
+    placeholder = ModuleType("scipy.signal")
+    placeholder.__dict__["hamming"] = None
+    sys.modules["scipy.signal"] = placeholder
+    try:
+        yield
+    finally:
+        del sys.modules["scipy.signal"]
+
+
+with _without_scipy_signal():
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import (
+        MulticlassAccuracy,
+        MulticlassF1Score,
+        MulticlassPrecision,
+    )
+    from torchmetrics.functional.classification import multilabel_auroc
 
 IGNORED = -1
 """The target of padding rows, which no score counts."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import numpy as np
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from tune_steel.errors import DataError, OptionError
 from tune_steel.features import Features, Floats, Ints, Schema, learn_schema
@@ -58,6 +57,9 @@ def freeze(task: Task, *, seed: int, split: Sequence[float], folds: int) -> Spli
     Raises:
         DataError: A class has too few rows for the splits.
     """
+    # Takes a second to import; workers, which get the splits, do not cut them.
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
     check_split(split)
     _, val_share, test_share = split
     counts = np.bincount(task.y, minlength=len(task.classes))
