@@ -114,11 +114,10 @@ def best_threshold(positive: Floats, y: Ints, rule: ThresholdRule) -> float | No
     """
     if rule == "none":
         return None
-    values = np.unique(positive)
     # Between two neighbours every threshold decides alike; 0.5 where it is between them.
-    cuts = np.clip(0.5, values[:-1], np.nextafter(values[1:], 0))
-    middles = np.where(cuts == 0.5, 0.5, (values[:-1] + values[1:]) / 2)
-    cuts = np.concatenate([[min(0.5, values[0] / 2)], middles, [max(0.5, (values[-1] + 1) / 2)]])
+    edges = np.concatenate([[0.0], np.unique(positive), [1.0]])
+    low, high = edges[:-1], edges[1:]
+    cuts = np.where((low <= 0.5) & (high > 0.5), 0.5, (low + high) / 2)
     hits, false = (
         len(p) - np.searchsorted(p, cuts, side="right")
         for p in (np.sort(positive[y == 1]), np.sort(positive[y == 0]))

@@ -227,14 +227,16 @@ def _refit(
     if not ranked:
         return []
     plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
+    rivals = [Plan.of(ranked[0])]
     default = _default(records)
-    rival = None if default is None else Plan.of(default)
-    folds, own = len(development.folds), Plan.of(ranked[0])
-    seconds = seconds_again(plans, own, rival, folds, concurrency)
+    if default is not None and default.number != rivals[0].trial:
+        rivals.append(Plan.of(default))
+    seconds = seconds_again(plans, rivals, len(development.folds), concurrency)
     say(
         f"retraining: the {len(plans)} best trials on the folds with {SEEDS_A_MEMBER} seeds for "
-        f"the ensemble, trial {own.trial} and the default config on all rows with {SEEDS}, and "
-        f"boosting; then one look at the test rows; about {seconds:.0f} s and the boosting"
+        f"the ensemble, trial {' and '.join(str(plan.trial) for plan in rivals)} on all rows with "
+        f"{SEEDS}, and boosting; then one look at the test rows; about {seconds:.0f} s and the "
+        "boosting"
     )
     started = time.monotonic()
     refits = refit_trials(

@@ -174,20 +174,16 @@ def validation_rows(development: Development) -> tuple[Ints, Ints]:
     return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
-def seconds_again(
-    plans: list[Plan], best: Plan, default: Plan | None, folds: int, concurrency: int
-) -> float:
+def seconds_again(plans: list[Plan], rivals: list[Plan], folds: int, concurrency: int) -> float:
     """What it takes to train members and rivals again, from what the trials took.
 
     Args:
         plans: The members.
-        best: The trial that is retrained on all rows.
-        default: The trial of the default config, which is too.
+        rivals: The trials that are retrained on all rows, one after the other.
         folds: Folds k of the search.
         concurrency: Members at once.
     """
     seconds = [plan.seconds * SEEDS_A_MEMBER for plan in plans]
     refits = max(sum(seconds) / concurrency, *seconds)
-    rivals = {plan.trial: plan for plan in (best, default) if plan is not None}.values()
     # Each of k folds trains on k - 1 of k parts of the rows, each seed on all of them.
     return refits + sum(plan.seconds for plan in rivals) * SEEDS / max(folds - 1, 1)
