@@ -239,13 +239,16 @@ def _refit(
         "boosting"
     )
     started = time.monotonic()
-    refits = refit_trials(
-        plans,
-        development,
-        resources=options.resources,
-        max_failures=options.max_failures,
-        concurrency=concurrency,
-    )
+    try:
+        refits = refit_trials(
+            plans,
+            development,
+            resources=options.resources,
+            max_failures=options.max_failures,
+            concurrency=concurrency,
+        )
+    except SearchFailedError as error:
+        raise SearchFailedError(f"{error}; go on with --resume {folder.path}") from error
     folder.record["refit_seconds"] = time.monotonic() - started
     return list(zip(plans, refits, strict=True))
 
@@ -288,7 +291,7 @@ def _finish(
     except NonFiniteLossError as error:
         raise SearchFailedError(str(error)) from error
     folder.write_evaluation(evaluation)
-    seconds = time.monotonic() - started
+    seconds = folder.record["refit_seconds"] + time.monotonic() - started
     insight = study_insight(records, best, problem.space, options.max_epochs)
     folder.write_record(
         best_trial=best.number,
