@@ -20,7 +20,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from benchmarks.surrogate import Curve, Surrogate
 from tune_steel.budget import Budget
-from tune_steel.job import begin, choose
+from tune_steel.choice import choose
+from tune_steel.job import begin
 from tune_steel.options import Options
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.scheduler import SchedulerName, make_scheduler

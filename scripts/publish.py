@@ -61,13 +61,14 @@ def figures() -> str:
     ]
     for run in runs:
         mine = [row for row in scores if row["run"] == run["run"] and row["split"] == "test"]
-        for model in dict.fromkeys(row["model"] for row in mine):
+        models = list(dict.fromkeys(row["model"] for row in mine))
+        for model in models:
             rows = {row["score"]: row for row in mine if row["model"] == model}
             cells = [
                 f"{rows[name]['value']:.3f} [{rows[name]['low']:.3f}, {rows[name]['high']:.3f}]"
                 for name in _SCORES
             ]
-            title = f"{run['task']} ({mine[0]['rows']} test rows)" if model == "tuned" else ""
+            title = f"{run['task']} ({mine[0]['rows']} test rows)" if model == models[0] else ""
             lines.append(f"| {title} | {model} | " + " | ".join(cells) + " |")
     lines.append("")
     for run in runs:

@@ -3,10 +3,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
+
+if TYPE_CHECKING:
+    from tune_steel.space import Space
+    from tune_steel.splits import Development, SealedTest
 
 REAL = os.environ.get("TUNE_STEEL_DATA")
 
@@ -53,6 +58,28 @@ def space_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.toml"
     path.write_text(SMALL_SPACE)
     return path
+
+
+@pytest.fixture
+def decaying_space(tmp_path: Path) -> "Space":
+    """The small space, where the learning rate falls at every epoch that is not better."""
+    from tune_steel.space import load_space
+
+    text = SMALL_SPACE + "[schedule]\nplateau_patience = 0\nplateau_factor = 0.3\n"
+    (tmp_path / "s.toml").write_text(text)
+    return load_space(tmp_path / "s.toml")
+
+
+@pytest.fixture
+def steel_rows() -> "tuple[Development, SealedTest]":
+    """Development and test rows of `binary` on the stand-in, two folds."""
+    from tune_steel.data import load_steel
+    from tune_steel.splits import freeze, prepare
+    from tune_steel.tasks import steel_task
+
+    task = steel_task(load_steel(source="stand-in"), "binary")
+    development, sealed, _ = prepare(task, freeze(task, seed=0, split=task.split, folds=2))
+    return development, sealed
 
 
 @pytest.fixture

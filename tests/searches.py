@@ -38,6 +38,7 @@ def options_of(**changed: Any) -> Options:
         "max_failures": 2,
         "warm_start": (),
         "tries": (),
+        "threshold": "none",
         "seed": 0,
         "output": Path("results"),
         "dry_run": False,

@@ -35,6 +35,10 @@ def complaint(done: subprocess.CompletedProcess[str], folder: Path) -> str:
             "'--samples': Input should be a valid integer",
         ),
         (("--task", "binary", "--folds", "200"), "allowed are 1 (a plain split) to 20"),
+        (
+            ("--task", "faults7", "--source", "stand-in", "--threshold", "f1"),
+            "--threshold f1: for two classes only; faults7 has 7",
+        ),
         (("--task", "binary", "--folds", "0"), "allowed are 1 (a plain split) to 20"),
         (("--task", "binary", "--split", ".5", ".2", ".2"), "these sum to 0.9"),
         (("--task", "binary", "--split", "1", "0", "0"), "three shares above 0"),

@@ -10,10 +10,11 @@ from sklearn.preprocessing import QuantileTransformer, StandardScaler
 
 from tune_steel.config import TrialConfig
 from tune_steel.data import Table
+from tune_steel.ensemble import Combination
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Schema, learn_schema
-from tune_steel.fit import Fit
-from tune_steel.predict import FittedModel, load_model, save_model
+from tune_steel.fit import Fit, class_weights
+from tune_steel.predict import FittedModel, Member, load_model, save_model
 from tune_steel.preprocess import Preprocessing, fit_preprocessing
 from tune_steel.splits import freeze, prepare
 from tune_steel.tasks import own_task
@@ -373,10 +374,16 @@ def fitted_model(scaling, classes):
             "preprocessing": {"scaling": scaling},
         }
     )
-    fit = Fit(config, development, development.folds, (1, 2))
-    for _ in range(2):
-        fit.train_epoch(0.01)
-    return FittedModel(config, development.classes, fit.network, fit.preprocessing, "file")
+    members = []
+    for trial in range(2):
+        fits = [Fit(config, development, development.folds, (s, s + 1)) for s in (trial, 7)]
+        for fit in fits:
+            fit.train_epoch(0.01)
+        networks = tuple(fit.network for fit in fits)
+        weights = class_weights(config, development)
+        members.append(Member(trial, config, weights, fits[0].preprocessing, networks))
+    combination = Combination(np.array([0.75, 0.25]), 1.25, 0.38 if classes == 2 else None)
+    return FittedModel(development.classes, tuple(members), combination, "file")
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -394,19 +401,35 @@ def test_a_stored_model_gives_the_probabilities_of_the_one_that_was_stored(
     assert np.array_equal(loaded.predict_proba(frame), expected)
     assert expected.shape == (150, classes)
     np.testing.assert_allclose(expected.sum(axis=1), 1)
-    assert loaded.config == model.config
     assert loaded.classes == model.classes
     assert loaded.data_source == model.data_source
-    assert loaded.preprocessing.schema == model.preprocessing.schema
+    assert loaded.combination.threshold == model.combination.threshold
+    for one, other in zip(loaded.members, model.members, strict=True):
+        assert one.config == other.config
+        assert one.preprocessing.schema == other.preprocessing.schema
 
 
-def test_the_probabilities_of_a_model_are_the_mean_over_its_networks():
+def test_the_probabilities_of_a_model_are_the_tempered_mean_of_its_corrected_members():
     model = fitted_model("standard", 3)
     frame = own_frame(3)
-    each = model.replica_probabilities(model.preprocessing.schema.encode(frame))
-    assert each.shape == (2, 150, 3)
-    assert not np.allclose(each[0], each[1])
-    np.testing.assert_allclose(model.predict_proba(frame), each.mean(axis=0))
+    features = model.members[0].preprocessing.schema.encode(frame)
+    mean = 0
+    for member, weight in zip(model.members, (0.75, 0.25), strict=True):
+        p = np.exp(member.log_probabilities(features)) / member.class_weights
+        assert p.shape == (2, 2, 150, 3)
+        mean = mean + weight * (p / p.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
+    tempered = mean ** (1 / 1.25)
+    tempered /= tempered.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(model.predict_proba(frame), tempered)
+    assert model.predict(frame).tolist() == np.array(model.classes)[tempered.argmax(1)].tolist()
+
+
+def test_a_model_predicts_class_names_by_its_threshold():
+    model = fitted_model("standard", 2)
+    frame = own_frame(2)
+    above = model.predict_proba(frame)[:, 1] > 0.38
+    assert (above != (model.predict_proba(frame)[:, 1] > 0.5)).any()
+    assert model.predict(frame).tolist() == np.where(above, *model.classes[::-1]).tolist()
 
 
 def test_rows_are_scored_alike_together_one_by_one_and_in_another_order():
@@ -430,7 +453,7 @@ def test_a_stored_model_holds_no_pickle(tmp_path):
         header = json.loads(content[8 : 8 + length])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
         assert 8 + length + max(ends) == len(content)
-    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 2
+    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 3
 
 
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
@@ -452,8 +475,8 @@ def test_a_model_with_a_file_that_was_cut_off_is_an_error_that_names_the_folder(
 def test_a_model_of_another_format_is_an_error_that_names_both(tmp_path):
     save_model(fitted_model("standard", 2), tmp_path)
     path = tmp_path / "model.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(DataError, match="model format 9, known is 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 9'))
+    with pytest.raises(DataError, match="model format 9, known is 3"):
         load_model(tmp_path)
 
 

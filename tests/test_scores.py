@@ -7,6 +7,7 @@ from tune_steel.scores import (
     bootstrap,
     confusion,
     confusion_interval,
+    decide,
     score,
     score_names,
 )
@@ -32,7 +33,7 @@ def test_scores_of_counted_rows_equal_those_of_repeated_rows_and_scikit_learn(cl
     rng = np.random.default_rng(1)
     counts = rng.integers(0, 4, (5, len(y)))
     counts[:, :classes] += 1  # every class is in every resample
-    counted = _weighted(p, y, weights, counts.astype(float))
+    counted = _weighted(p, decide(p), y, weights, counts.astype(float))
     for s, times in enumerate(counts):
         repeated_p, repeated_y = np.repeat(p, times, axis=0), np.repeat(y, times)
         repeated = score(repeated_p, repeated_y, weights)
@@ -197,3 +198,17 @@ def test_the_intervals_of_a_confusion_matrix_are_reproduced_by_their_seed():
     table = confusion(*case(3)[:2])
     first, again = (confusion_interval(table, seed=1, resamples=300) for _ in range(2))
     assert np.array_equal(first, again)
+
+
+def test_a_threshold_moves_what_is_decided_and_no_score_of_probabilities() -> None:
+    p, y, weights = case(2)
+    plain, moved = score(p, y, weights), score(p, y, weights, 0.3)
+    predicted = np.where(p[:, 1] > 0.3, 1, 0)
+    assert moved["accuracy"] == pytest.approx((predicted == y).mean())
+    assert moved["positive_precision"] == pytest.approx(y[predicted == 1].mean())
+    assert moved["accuracy"] != plain["accuracy"]
+    for name in ("loss", "log_loss", "auroc"):
+        assert moved[name] == plain[name]
+    assert bootstrap(p, y, weights, 0, 50, 0.3)["accuracy"].value == moved["accuracy"]
+    assert np.array_equal(confusion(p, y, 0.3).sum(axis=0), np.bincount(predicted))
+    assert score(p, y, weights, 0.5) == plain

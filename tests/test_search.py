@@ -16,8 +16,15 @@ from conftest import SMALL_SPACE, Command
 from optuna.trial import TrialState
 from searches import finish, only_run, read, start
 
+from tune_steel.choice import candidates, members
+from tune_steel.ensemble import MEMBERS, combine
+from tune_steel.fit import class_weights
+from tune_steel.options import Options
 from tune_steel.predict import load_model
+from tune_steel.problem import Problem, resolve
+from tune_steel.refit import Plan, refit, validation_rows
 from tune_steel.scores import score
+from tune_steel.searcher import StudySearcher
 from tune_steel.study import open_study
 
 pytestmark = pytest.mark.ray
@@ -28,6 +35,18 @@ def check_plain(err: str) -> None:
     """Nothing but our own lines: no chatter of Ray, no warning, no traceback."""
     for line in err.splitlines():
         assert line.startswith(("tune_steel: ", "trials ")), line
+
+
+def searcher_of(run: Path, problem: Problem, options: Options) -> StudySearcher:
+    return StudySearcher(
+        problem.space,
+        open_study(run / "study.journal", run.name),
+        search=options.search,
+        seed=options.seed,
+        max_epochs=options.max_epochs,
+        budget=options.budget,
+        max_failures=options.max_failures,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +154,11 @@ def test_the_test_rows_are_the_frozen_ones_and_no_other_row_was_tested(
     test = predictions[predictions["split"] == "test"]
     for _, rows in test.groupby(["model", test["seed"].fillna(-1)]):
         assert rows["row"].tolist() == record["splits"]["test_rows"]
-    folds = predictions[predictions["split"] == "out-of-fold"]
-    assert len(folds) == folds["row"].nunique() == 1941 - 97
-    assert not set(folds["row"]) & set(record["splits"]["test_rows"])
+    out_of_fold = predictions[predictions["split"] == "out-of-fold"]
+    assert set(out_of_fold["model"]) == {"ensemble", "bagged", "tuned"}
+    for _, folds in out_of_fold.groupby("model"):
+        assert len(folds) == folds["row"].nunique() == 1941 - 97
+        assert not set(folds["row"]) & set(record["splits"]["test_rows"])
     np.testing.assert_allclose(predictions["p0"] + predictions["p1"], 1, rtol=1e-12)
 
 
@@ -147,7 +168,7 @@ def test_scores_follow_from_the_predictions(finished: tuple[Path, str, str]) -> 
     weights = np.array(record["reference_weights"])
     predictions, scores = read(run, "predictions"), read(run, "scores")
     test = predictions[predictions["split"] == "test"]
-    for model in ("tuned", "default", "boosting"):
+    for model in ("ensemble", "bagged", "tuned", "default", "boosting"):
         rows = test[(test["model"] == model) & test["seed"].isna()]
         found = score(rows[["p0", "p1"]].to_numpy(), rows["y"].to_numpy(), weights)
         table = scores[(scores["model"] == model) & (scores["split"] == "test")]
@@ -159,7 +180,7 @@ def test_scores_follow_from_the_predictions(finished: tuple[Path, str, str]) -> 
     averaged = test[(test["model"] == "tuned") & test["seed"].isna()].set_index("row")["p1"]
     np.testing.assert_allclose(mean.loc[averaged.index], averaged, rtol=1e-12)
     assert tuned["seed"].nunique() == 5
-    rows = test[(test["model"] == "tuned") & test["seed"].isna()]
+    rows = test[test["model"] == "ensemble"]
     predicted = (rows["p1"] > rows["p0"]).astype(int)
     confusion = pd.crosstab(rows["y"], predicted).reindex(columns=[0, 1], fill_value=0)
     assert confusion.to_numpy().tolist() == record["test"]["confusion"]
@@ -173,7 +194,8 @@ def test_out_of_fold_predictions_give_the_validation_loss_that_the_search_record
     # The best trial was trained again in another process: the curve is the same to the last bit.
     assert record["test"]["reproduction_gap"] == 0
     predictions, trials = read(run, "predictions"), read(run, "trials")
-    folds = predictions[predictions["split"] == "out-of-fold"]
+    mine = (predictions["split"] == "out-of-fold") & (predictions["model"] == "tuned")
+    folds = predictions[mine]
     weights = np.array(record["reference_weights"])
     losses = [
         score(rows[["p0", "p1"]].to_numpy(), rows["y"].to_numpy(), weights)["loss"]
@@ -190,14 +212,45 @@ def test_the_stored_model_reproduces_the_stored_test_probabilities(
 
     run, _, _ = finished
     predictions = read(run, "predictions")
-    averaged = predictions[
-        (predictions["split"] == "test")
-        & (predictions["model"] == "tuned")
-        & predictions["seed"].isna()
-    ]
-    frame = load_steel(source="stand-in").frame
-    p = load_model(run / "model").predict_proba(frame.iloc[averaged["row"]])
-    np.testing.assert_allclose(p, averaged[["p0", "p1"]].to_numpy(), rtol=1e-6)
+    mine = (predictions["split"] == "test") & (predictions["model"] == "ensemble")
+    rows = predictions[mine]
+    model = load_model(run / "model")
+    frame = load_steel(source="stand-in").frame.iloc[rows["row"]]
+    np.testing.assert_allclose(
+        model.predict_proba(frame), rows[["p0", "p1"]].to_numpy(), rtol=1e-6
+    )
+    assert set(model.predict(frame)) == {"named_fault", "Other_Faults"}
+
+
+def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
+    finished: tuple[Path, str, str], one_thread: None
+) -> None:
+    import torch
+
+    run, _, _ = finished
+    record = json.loads((run / "run.json").read_text())
+    options = Options.from_dict(record["options"])
+    problem = resolve(options)
+    trials = searcher_of(run, problem, options).records
+    plans = [Plan.of(trial) for trial in members(candidates(trials, options), MEMBERS)]
+    told = record["ensemble"]["members"]
+    assert [plan.trial for plan in plans] == [member["trial"] for member in told]
+    assert sum(member["weight"] for member in told) == pytest.approx(1)
+    stored = {member.trial: member for member in load_model(run / "model").members}
+    assert set(stored) == {member["trial"] for member in told if member["weight"] > 0}
+    refits = []
+    for plan in plans:
+        *_, again = refit(plan, problem.development, "cpu")
+        assert again is not None
+        refits.append(again.natural(class_weights(plan.config, problem.development)))
+        if plan.trial in stored:
+            for state, network in zip(again.states, stored[plan.trial].networks, strict=True):
+                for name, tensor in network.state_dict().items():
+                    assert torch.equal(tensor, state[name]), name
+    positions, _ = validation_rows(problem.development)
+    fitted = combine(np.stack(refits), problem.development.y[positions])
+    assert fitted.weights.tolist() == [member["weight"] for member in told]
+    assert fitted.temperature == record["ensemble"]["temperature"]
 
 
 def test_the_stand_in_is_said_in_every_output(finished: tuple[Path, str, str]) -> None:
@@ -218,12 +271,18 @@ def test_what_a_run_prints_is_a_table_and_a_few_plain_lines(
     assert (finished[0] / "report.txt").read_text() in out
     assert "boosting" in out
     assert "8 trials (" in out
+    told = json.loads((finished[0] / "run.json").read_text())["ensemble"]["members"]
+    used = [member for member in told if member["weight"] > 0]
+    first = max(used, key=lambda member: member["weight"])
+    line = f"ensemble of {len(used)} of {len(told)}: trial {first['trial']} (mlp) "
+    assert line + f"{first['weight']:.2f}" in out
 
 
 def test_an_own_table_with_strings_categories_and_gaps_works_from_another_directory(
     command: Command, own_csv: Path, space_file: Path, tmp_path: Path
 ) -> None:
-    done = command("--data", own_csv, "--target", "verdict", "--space", space_file, *SMALL)
+    given = ("--data", own_csv, "--target", "verdict", "--space", space_file)
+    done = command(*given, *SMALL, "--threshold", "f1")
     assert done.returncode == 0, done.stderr
     assert "column site is constant and was dropped" in done.stderr
     run = only_run(tmp_path / "elsewhere")
@@ -237,7 +296,13 @@ def test_an_own_table_with_strings_categories_and_gaps_works_from_another_direct
     scores = read(run, "scores").set_index(["model", "split", "score"])["value"]
     assert scores["tuned", "test", "auroc"] > 0.7  # size and shade tell most of it
     frame = pd.read_csv(own_csv)
-    assert load_model(run / "model").predict_proba(frame).shape == (300, 2)
+    model = load_model(run / "model")
+    p = model.predict_proba(frame)
+    assert p.shape == (300, 2)
+    threshold = record["ensemble"]["threshold"]
+    assert model.predict(frame).tolist() == np.where(p[:, 1] > threshold, "good", "bad").tolist()
+    confusion = np.array(record["test"]["confusion"])
+    assert scores["ensemble", "test", "accuracy"] == np.trace(confusion) / confusion.sum()
 
 
 def test_scrambled_test_rows_change_no_bit_of_the_search(

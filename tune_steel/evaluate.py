@@ -1,45 +1,66 @@
-"""The final evaluation: retrain the best trial, score it and its rivals once on the test rows.
+"""The final evaluation: the ensemble, the best trial and their rivals, once on the test rows.
 
-This is the only room that opens the test rows. Nothing is chosen here: what is evaluated was
-decided by validation losses before.
+This is the only room that opens the test rows. Nothing is chosen by them: trials were chosen by
+validation losses, the ensemble's weights, temperature and threshold by out-of-fold predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier
-from threadpoolctl import threadpool_limits
 
+from tune_steel.boosting import Boosting
+from tune_steel.ensemble import Combination, ThresholdRule, combine, cross_fit, log_loss
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
-from tune_steel.fit import Fit
-from tune_steel.networks import log_probabilities
-from tune_steel.predict import FittedModel
-from tune_steel.scores import (
-    Interval,
-    bootstrap,
-    confusion,
-    confusion_interval,
-    score,
-    score_names,
-)
+from tune_steel.fit import class_weights
+from tune_steel.predict import FittedModel, Member
+from tune_steel.refit import Plan, Refit, member, retrain, validation_rows
+from tune_steel.scores import Interval, bootstrap, confusion, confusion_interval, score
 from tune_steel.seeds import derive
 from tune_steel.splits import Development, SealedTest
 from tune_steel.study import TrialRecord
-from tune_steel.trainable import replica_seeds
-
-SEEDS = 5
-"""Networks that are retrained in lock-step and averaged."""
 
 
-_Entrant: TypeAlias = tuple[str, Callable[[Features], Floats], dict[str, float]]
-"""A model to score: its name, what gives its probabilities [S, n, C], its validation scores."""
+@dataclass(frozen=True)
+class Membership:
+    """A trial that was refitted for the ensemble.
+
+    Attributes:
+        trial: Its number.
+        family: Its family of networks.
+        weight: Its weight in the ensemble; 0 where the selection left it out.
+        log_loss: Out-of-fold log-loss of its fold models, at natural class frequencies.
+    """
+
+    trial: int
+    family: str
+    weight: float
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class EnsembleFacts:
+    """How the ensemble came about; `ensemble` in `run.json`.
+
+    Attributes:
+        members: Every trial that was refitted, best validation loss first.
+        temperature: What the logits of the weighted average are divided by.
+        threshold: Two classes: above which probability a row counts as of the second one.
+        log_loss: Of the out-of-fold predictions that weights and temperature were fitted to.
+        cross_fitted_log_loss: Of weights and temperature that were fitted to the other folds.
+        cross_fitted: False with a single split, where no other rows are left: then the two are
+            the same, and the validation scores flatter.
+    """
+
+    members: tuple[Membership, ...]
+    temperature: float
+    threshold: float | None
+    log_loss: float
+    cross_fitted_log_loss: float
+    cross_fitted: bool
 
 
 @dataclass
@@ -47,7 +68,7 @@ class Scored:
     """One model on the test rows.
 
     Attributes:
-        name: `tuned`, `default` or `boosting`.
+        name: `ensemble`, `bagged`, `tuned`, `default` or `boosting`.
         probabilities: Test probabilities of each seed [S, n, C].
         intervals: Scores of the averaged prediction with their intervals.
         seed_scores: Scores of each seed [S], by name.
@@ -61,47 +82,82 @@ class Scored:
     validation: dict[str, float]
 
 
+@dataclass(frozen=True)
+class OutOfFold:
+    """A model's predictions of the validation rows of one fold.
+
+    Attributes:
+        model: `ensemble`, `bagged` or `tuned`.
+        fold: The fold, from 0.
+        rows: Indices in the original table [N].
+        y: Classes [N].
+        probabilities: By models that did not see these rows [N, C].
+    """
+
+    model: str
+    fold: int
+    rows: Ints
+    y: Ints
+    probabilities: Floats
+
+
 @dataclass
 class Evaluation:
     """All that the final evaluation gave.
 
     Attributes:
-        model: The retrained best trial.
-        models: The scored models, the tuned one first.
+        model: The ensemble, the final model.
+        ensemble: How it came about.
+        models: The scored models, the ensemble first.
         y: Classes of the test rows [n].
         rows: Their indices in the original table [n].
-        confusion: Of the tuned model, [true class, predicted class].
+        confusion: Of the ensemble, [true class, predicted class].
         confusion_interval: 95 % bootstrap interval of each of its cells, low and high.
-        out_of_fold: For each fold: validation row indices, classes, probabilities [N, C] of the
-            best trial at its best epoch.
+        out_of_fold: For each model and fold. The ensemble's are the cross-fitted ones, which its
+            validation scores are of; those of `tuned` are of the search's own fold models.
         reproduction_gap: Difference between the validation loss that the search recorded and the
-            one of training the best trial again; 0 on the same machine.
-        notes: Lines about rivals that are missing.
+            one of training the best trial again; 0 on the same machine, None if that failed.
+        notes: Lines about members and rivals that are missing.
     """
 
     model: FittedModel
+    ensemble: EnsembleFacts
     models: list[Scored]
     y: Ints
     rows: Ints
     confusion: Ints
     confusion_interval: tuple[Ints, Ints]
-    out_of_fold: list[tuple[Ints, Ints, Floats]] = field(repr=False)
-    reproduction_gap: float
+    out_of_fold: list[OutOfFold] = field(repr=False)
+    reproduction_gap: float | None
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class _Entrant:
+    """A model to score: its name, what gives its probabilities [S, n, C], its own figures."""
+
+    name: str
+    predict: Callable[[Features], Floats]
+    validation: dict[str, float]
+    threshold: float | None = None
+
+
 def evaluate(
+    refits: Sequence[tuple[Plan, Refit | str]],
     best: TrialRecord,
     default: TrialRecord | None,
     development: Development,
     sealed: SealedTest,
+    *,
     seed: int,
     data_source: str,
     device: str,
+    rule: ThresholdRule,
 ) -> Evaluation:
-    """Retrains and scores; opens the test rows.
+    """Makes the ensemble, trains its rivals and scores them; opens the test rows.
 
     Args:
+        refits: The members: what training each again gave, or why it gave nothing.
         best: The chosen trial.
         default: The trial of the space's default config, if it trained.
         development: The rows that the search saw.
@@ -109,46 +165,79 @@ def evaluate(
         seed: Seed of the run.
         data_source: Where the table came from.
         device: `cpu` or `cuda`.
+        rule: How the ensemble's decision threshold is chosen.
+
+    Raises:
+        NonFiniteLossError: No member is left.
     """
-    out_of_fold, gap = _out_of_fold(best, development, device)
-    model = retrain(best, development, seed, data_source, device)
-    entrants: list[_Entrant] = [("tuned", model.replica_probabilities, _validation(best))]
-    # A rival that cannot be trained is left out and said; it costs the winner nothing.
-    notes: list[str] = []
-    if default is None or default.best is None:
-        notes.append("the default config is missing below: its trial did not get past an epoch")
-    elif default.number == best.number:
-        entrants.append(("default", model.replica_probabilities, _validation(default)))
-    else:
+    notes = [
+        f"trial {plan.trial} is missing in the ensemble: {why}"
+        for plan, why in refits
+        if isinstance(why, str)
+    ]
+    kept = [(plan, again) for plan, again in refits if isinstance(again, Refit)]
+    if not kept:
+        raise NonFiniteLossError(f"no member of the ensemble could be trained again; {notes[0]}")
+    ensemble = _Ensemble(kept, development, rule)
+    model = FittedModel(development.classes, ensemble.members(), ensemble.used(), data_source)
+    out_of_fold = ensemble.out_of_fold()
+    entrants = [
+        _Entrant(
+            "ensemble",
+            lambda features: model.probabilities(features)[None],
+            _fold_scores(out_of_fold, development, [t for _, t in ensemble.cross_fitted]),
+            model.combination.threshold,
+        )
+    ]
+    # A rival that cannot be trained is left out and said; it costs the ensemble nothing.
+    gap = None
+    for position, (plan, again) in enumerate(kept):
+        if plan.trial == best.number:
+            gap = abs(again.val_loss - plan.val_loss)
+            parts = ensemble.blocks("bagged", ensemble.p[position])
+            bagged = member(plan, again, development)
+            entrants.append(_Entrant("bagged", bagged.natural, _fold_scores(parts, development)))
+            own = np.exp(again.out_of_fold[0])
+            out_of_fold += [*parts, *ensemble.blocks("tuned", own)]
+    trained: dict[int, Member] = {}
+    for name, label, record in (("tuned", "the best trial", best), ("default", _DEFAULT, default)):
+        if record is None or record.best is None:
+            notes.append(f"{label} is missing below: its trial did not get past an epoch")
+            continue
         try:
-            rival = retrain(default, development, seed, data_source, device)
-            entrants.append(("default", rival.replica_probabilities, _validation(default)))
+            if record.number not in trained:
+                trained[record.number] = retrain(Plan.of(record), development, seed, device)
+            one = trained[record.number]
+            entrants.append(_Entrant(name, one.probabilities, _validation(record)))
         except NonFiniteLossError as error:
-            notes.append(f"the default config is missing below: {error}")
+            notes.append(f"{label} is missing below: {error}")
     try:
         boosting = Boosting(development, seed)
-        entrants.append(("boosting", boosting.probabilities, boosting.validation()))
+        entrants.append(_Entrant("boosting", boosting.probabilities, boosting.validation()))
     except Exception as error:  # scikit-learn's own limits, whatever they are
         notes.append(f"boosting is missing below: {type(error).__name__}: {error}")
 
     # All that could fail has been trained; from here on it is arithmetic.
     features, y = sealed.open()
 
-    def scored(name: str, p: Floats, validation: dict[str, float]) -> Scored:
-        weights = development.reference_weights
-        each = [score(one, y, weights) for one in p]
+    def scored(entrant: _Entrant) -> Scored:
+        weights, threshold = development.reference_weights, entrant.threshold
+        p = entrant.predict(features)
+        each = [score(one, y, weights, threshold) for one in p]
+        draws = derive(seed, "bootstrap")
         return Scored(
-            name,
+            entrant.name,
             p,
-            bootstrap(p.mean(axis=0), y, weights, derive(seed, "bootstrap")),
+            bootstrap(p.mean(axis=0), y, weights, draws, threshold=threshold),
             {key: np.array([one[key] for one in each]) for key in each[0]},
-            validation,
+            entrant.validation,
         )
 
-    models = [scored(name, predict(features), scores) for name, predict, scores in entrants]
-    table = confusion(models[0].probabilities.mean(axis=0), y)
+    models = [scored(entrant) for entrant in entrants]
+    table = confusion(models[0].probabilities.mean(axis=0), y, model.combination.threshold)
     return Evaluation(
         model=model,
+        ensemble=ensemble.facts(),
         models=models,
         y=y,
         rows=sealed.rows,
@@ -160,109 +249,91 @@ def evaluate(
     )
 
 
-def retrain(
-    record: TrialRecord, development: Development, seed: int, data_source: str, device: str
-) -> FittedModel:
-    """Trains a trial's config on all development rows, several seeds in lock-step.
+_DEFAULT = "the default config"
 
-    It takes the trial's best epoch count and, because there are no validation rows left that a
-    plateau could be seen on, the learning rate that the trial had in each of those epochs.
 
-    Raises:
-        NonFiniteLossError: The training loss is NaN or infinite.
+class _Ensemble:
+    """The members that were trained again, and their combination.
+
+    Attributes:
+        p: Out-of-fold probabilities of the members at natural frequencies [M, n, C].
+        cross_fitted: Of each fold, the probabilities and threshold that the other folds gave.
     """
-    everything = np.arange(len(development.y))
-    fit = Fit(
-        record.config,
-        development,
-        [(everything, everything[:0])] * SEEDS,
-        [derive(seed, "retrain", i) for i in range(SEEDS)],
-        device,
-    )
-    best = record.best
-    assert best is not None
-    for row in record.epochs[: best["epoch"]]:
-        if not np.isfinite(fit.train_epoch(row["learning_rate"])).all():
-            raise NonFiniteLossError(f"retraining trial {record.number}: the loss is not finite")
-    return FittedModel(
-        record.config, development.classes, fit.network, fit.preprocessing, data_source
-    )
 
-
-def _out_of_fold(
-    record: TrialRecord, development: Development, device: str
-) -> tuple[list[tuple[Ints, Ints, Floats]], float]:
-    """Trains the best trial's folds again, with its own seeds, up to its best epoch."""
-    best = record.best
-    assert best is not None
-    seeds = replica_seeds(record.seed, len(development.folds))
-    fit = Fit(record.config, development, development.folds, seeds, device)
-    *_, last = fit.epochs(best["epoch"])
-    parts = [
-        (
-            development.rows[val],
-            development.y[val],
-            log_probabilities(torch.tensor(logits)).exp().numpy(),
+    def __init__(
+        self, kept: list[tuple[Plan, Refit]], development: Development, rule: ThresholdRule
+    ) -> None:
+        self._kept = kept
+        self._development = development
+        self._positions, self._fold = validation_rows(development)
+        self._y = development.y[self._positions]
+        self.p = np.stack(
+            [again.natural(class_weights(plan.config, development)) for plan, again in kept]
         )
-        for (_, val), logits in zip(development.folds, fit.validation_logits(), strict=True)
+        self._combination = combine(self.p, self._y, rule)
+        self.cross_fitted = cross_fit(self.p, self._y, self._fold, rule)
+
+    def used(self) -> Combination:
+        """The combination of the members with a weight."""
+        whole = self._combination
+        return Combination(whole.weights[whole.weights > 0], whole.temperature, whole.threshold)
+
+    def members(self) -> tuple[Member, ...]:
+        """The members with a weight."""
+        return tuple(
+            member(plan, again, self._development)
+            for (plan, again), weight in zip(self._kept, self._combination.weights, strict=True)
+            if weight > 0
+        )
+
+    def out_of_fold(self) -> list[OutOfFold]:
+        """The cross-fitted predictions."""
+        return self.blocks("ensemble", np.concatenate([p for p, _ in self.cross_fitted]))
+
+    def blocks(self, model: str, p: Floats) -> list[OutOfFold]:
+        """Probabilities [n, C] of all validation rows, cut into folds."""
+        return [
+            OutOfFold(model, fold, self._development.rows[val], self._development.y[val], p[part])
+            for fold, (_, val) in enumerate(self._development.folds)
+            for part in [self._fold == fold]
+        ]
+
+    def facts(self) -> EnsembleFacts:
+        """How it came about."""
+        whole = self._combination
+        crossed = np.concatenate([p for p, _ in self.cross_fitted])
+        return EnsembleFacts(
+            members=tuple(
+                Membership(
+                    plan.trial, plan.config.model.family, float(weight), log_loss(p, self._y)
+                )
+                for (plan, _), weight, p in zip(self._kept, whole.weights, self.p, strict=True)
+            ),
+            temperature=whole.temperature,
+            threshold=whole.threshold,
+            log_loss=log_loss(whole.apply(self.p), self._y),
+            cross_fitted_log_loss=log_loss(crossed, self._y),
+            cross_fitted=len(self._development.folds) > 1,
+        )
+
+
+def _fold_scores(
+    parts: list[OutOfFold],
+    development: Development,
+    thresholds: Sequence[float | None] | None = None,
+) -> dict[str, float]:
+    """Mean over the folds of the scores of out-of-fold predictions."""
+    folds = [
+        score(part.probabilities, part.y, development.reference_weights, threshold)
+        for part, threshold in zip(parts, thresholds or [None] * len(parts), strict=True)
     ]
-    return parts, abs(last.val_loss - best["val_loss"])
+    return {name: float(np.mean([fold[name] for fold in folds])) for name in folds[0]}
 
 
 def _validation(record: TrialRecord) -> dict[str, float]:
     best = record.best
     assert best is not None
     return {key.removeprefix("val_"): v for key, v in best.items() if key.startswith("val_")}
-
-
-class Boosting:
-    """scikit-learn's HistGradientBoostingClassifier at its defaults, on the same rows."""
-
-    def __init__(self, development: Development, seed: int) -> None:
-        self._development = development
-        self._random_state = derive(seed, "boosting")
-        self._final = self._fit(np.arange(len(development.y)))
-
-    def probabilities(self, features: Features) -> Floats:
-        """Probabilities [1, n, C] by the model of all development rows."""
-        return self._predict(self._final, features)[None]
-
-    def validation(self) -> dict[str, float]:
-        """Mean over the folds of the validation scores."""
-        development = self._development
-        folds = []
-        for train, val in development.folds:
-            p = self._predict(self._fit(train), development.features.take(val))
-            folds.append(score(p, development.y[val], development.reference_weights))
-        return {
-            name: float(np.mean([fold[name] for fold in folds]))
-            for name in score_names(len(development.classes))
-        }
-
-    def _fit(self, rows: Ints) -> tuple[Any, NDArray[np.bool_]]:
-        """The model of some rows, and which columns it reads: it cannot take an empty one."""
-        x = _matrix(self._development.features.take(rows))
-        known = np.asarray(np.isfinite(x).any(axis=0))
-        numeric = len(self._development.schema.numeric)
-        categorical = np.arange(x.shape[1]) >= numeric
-        model = HistGradientBoostingClassifier(
-            categorical_features=categorical[known], random_state=self._random_state
-        )
-        # A second thread gains a fifth here, and on a busy core its waiting costs a fourfold.
-        with threadpool_limits(1, "openmp"):
-            return model.fit(x[:, known], self._development.y[rows]), known
-
-    def _predict(self, fitted: tuple[Any, NDArray[np.bool_]], features: Features) -> Floats:
-        model, known = fitted
-        out = np.zeros((len(features), len(self._development.classes)))
-        out[:, model.classes_] = model.predict_proba(_matrix(features)[:, known])
-        return out
-
-
-def _matrix(features: Features) -> Floats:
-    """Numeric columns and category codes side by side; gaps and unknown codes are NaN."""
-    codes = np.where(features.codes < 0, np.nan, features.codes)
-    return np.concatenate([features.numeric, codes], axis=1)
 
 
 def score_rows(evaluation: Evaluation) -> Iterator[dict[str, object]]:
@@ -298,8 +369,9 @@ def prediction_blocks(
         probabilities = {f"p{c}": p[:, c] for c in range(p.shape[1])}
         return {**fixed, "row": index, "y": y, "label": names[y], **probabilities}
 
-    for fold, (index, y, p) in enumerate(evaluation.out_of_fold):
-        yield block(index, y, p, model="tuned", split="out-of-fold", fold=fold)
+    for part in evaluation.out_of_fold:
+        fixed = {"model": part.model, "split": "out-of-fold", "fold": part.fold}
+        yield block(part.rows, part.y, part.probabilities, **fixed)
     index, y = evaluation.rows, evaluation.y
     for model in evaluation.models:
         mean = model.probabilities.mean(axis=0)

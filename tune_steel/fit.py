@@ -23,11 +23,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tune_steel.architectures import make_network
 from tune_steel.config import TrialConfig
 from tune_steel.errors import NonFiniteLossError
-from tune_steel.features import Features, Floats, Ints
+from tune_steel.features import Floats, Ints
 from tune_steel.fused import Adam, Backprop, DropoutMasks, Recorded
 from tune_steel.metrics import IGNORED, Scorer
 from tune_steel.networks import StackedMLP, log_probabilities, output_width
-from tune_steel.preprocess import Preprocessing, fit_preprocessing
+from tune_steel.preprocess import fit_preprocessing
 from tune_steel.seeds import derive
 from tune_steel.splits import Development
 
@@ -299,6 +299,17 @@ class Fit:
             self.best_state[name].copy_(tensor)
 
 
+def class_weights(config: TrialConfig, development: Development) -> Floats:
+    """Weights [C] of the classes in the training loss."""
+    loss = config.loss
+    if len(development.classes) == 2:
+        return np.array([1.0, loss.pos_weight or 1.0])
+    if loss.class_weights is not None:
+        return np.array([loss.class_weights[name] for name in development.classes])
+    weights: Floats = development.reference_weights ** (loss.class_weight_power or 0.0)
+    return weights
+
+
 class TrainingLoss:
     """The loss that trains a trial: cross-entropy on logits with the config's class weights.
 
@@ -314,12 +325,7 @@ class TrainingLoss:
         self, config: TrialConfig, development: Development, device: torch.device
     ) -> None:
         loss, classes = config.loss, len(development.classes)
-        if classes == 2:
-            weights = np.array([1.0, loss.pos_weight or 1.0])
-        elif loss.class_weights is not None:
-            weights = np.array([loss.class_weights[name] for name in development.classes])
-        else:
-            weights = development.reference_weights ** (loss.class_weight_power or 0.0)
+        weights = class_weights(config, development)
         even = loss.label_smoothing / classes
         self._gamma = loss.focal_gamma
         q = ((1 - loss.label_smoothing) * np.eye(classes) + even) * weights
@@ -383,13 +389,11 @@ def predict_logits(network: torch.nn.Module, x: Tensor) -> Tensor:
     return torch.cat([network(part) for part in torch.split(x, chunk, dim=1)], dim=1)
 
 
-def predict_probabilities(
-    network: torch.nn.Module, preprocessing: Preprocessing, features: Features
-) -> Floats:
-    """Class probabilities of raw rows by each replica, float64 [R, n, C]."""
+def predict_log_probabilities(network: torch.nn.Module, x: NDArray[np.float32]) -> Floats:
+    """Log-probabilities of features [R, n, D] by each replica, float64 [R, n, C]."""
     device = next(network.parameters()).device
-    x = torch.from_numpy(preprocessing.transform(features)).to(device)
-    return log_probabilities(predict_logits(network, x)).exp().cpu().numpy()
+    logits = predict_logits(network, torch.from_numpy(x).to(device))
+    return log_probabilities(logits).cpu().numpy()
 
 
 def prepare_process(threads: int) -> None:

@@ -13,19 +13,22 @@ from typing import Any
 
 import optuna
 
+from tune_steel.choice import candidates, choose, members
+from tune_steel.ensemble import MEMBERS
 from tune_steel.errors import NonFiniteLossError, RunError, SearchFailedError
-from tune_steel.evaluate import SEEDS, evaluate
+from tune_steel.evaluate import evaluate
 from tune_steel.fit import prepare_process
 from tune_steel.insight import insight_lines, study_insight
 from tune_steel.options import Options
 from tune_steel.problem import Problem, resolve
-from tune_steel.ray_tune import ray_session, run_trials
+from tune_steel.ray_tune import ray_session, refit_trials, run_trials
+from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, Refit, seconds_again
 from tune_steel.run_folder import RunFolder, make_folder, read_record
 from tune_steel.samplers import grid
 from tune_steel.scheduler import make_scheduler, rungs
 from tune_steel.searcher import StudySearcher
 from tune_steel.splits import Development, split_hash
-from tune_steel.study import METRIC, SCORED, TrialRecord, ask, heal_journal, open_study, run_lock
+from tune_steel.study import SCORED, TrialRecord, ask, heal_journal, open_study, run_lock
 from tune_steel.summary import evaluation_summary, render, search_summary
 from tune_steel.terminal import say, show
 from tune_steel.warm_start import Beginning, beginning
@@ -114,14 +117,15 @@ def _run(
         say("all of them are scored: nothing to do; more --samples would go on")
         return 0
     try:
-        if searcher.ended < searcher.samples:
-            with ray_session(options.address, options.resources) as concurrency:
+        with ray_session(options.address, options.resources) as concurrency:
+            if searcher.ended < searcher.samples:
                 _announce(options, problem, folder, searcher)
                 folder.write_record(concurrency=concurrency)
                 # Of the problem, the search gets what it may see.
                 _search(options, searcher, problem.development, folder, concurrency)
-        folder.write_trials(searcher.records)
-        return _finish(options, problem, folder, searcher)
+            folder.write_trials(searcher.records)
+            refits = _refit(options, searcher.records, problem.development, folder, concurrency)
+        return _finish(options, problem, folder, searcher, refits)
     except BaseException as error:
         if (folder.path / "run.json").exists():
             state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -162,20 +166,6 @@ def begin(study: optuna.Study, first: Beginning) -> None:
     """Puts into a new study what it begins with."""
     first.put(study)
     study.set_user_attr("begun", True)
-
-
-def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
-    """The trial with the lowest validation loss among those that had a full chance.
-
-    Candidates ran to their end, or were stopped by ASHA at its top rung. Where none did, because
-    the search was cut short, those that the scheduler stopped earlier stand in.
-    """
-    top = options.max_epochs
-    if options.scheduler == "asha":
-        top = rungs(options.max_epochs, options.grace_period, options.reduction_factor)[-1]
-    stopped = [r for r in records if r.state in SCORED]
-    full = [r for r in stopped if r.state == "COMPLETE" or len(r.epochs) >= top]
-    return min(full or stopped, key=lambda record: record.epochs[-1][METRIC], default=None)
 
 
 def _search(
@@ -225,39 +215,83 @@ def _search(
         )
 
 
-def _finish(options: Options, problem: Problem, folder: RunFolder, searcher: StudySearcher) -> int:
-    """Evaluates the best trial, writes everything, then prints it; returns the exit code."""
+def _refit(
+    options: Options,
+    records: list[TrialRecord],
+    development: Development,
+    folder: RunFolder,
+    concurrency: int,
+) -> list[tuple[Plan, Refit | str]]:
+    """Trains the members of the ensemble again; none where no trial has a score."""
+    ranked = candidates(records, options)
+    if not ranked:
+        return []
+    plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
+    rivals = [Plan.of(ranked[0])]
+    default = _default(records)
+    if default is not None and default.number != rivals[0].trial:
+        rivals.append(Plan.of(default))
+    seconds = seconds_again(plans, rivals, len(development.folds), concurrency)
+    say(
+        f"retraining: the {len(plans)} best trials on the folds with {SEEDS_A_MEMBER} seeds for "
+        f"the ensemble, trial {' and '.join(str(plan.trial) for plan in rivals)} on all rows with "
+        f"{SEEDS}, and boosting; then one look at the test rows; about {seconds:.0f} s and the "
+        "boosting"
+    )
+    started = time.monotonic()
+    try:
+        refits = refit_trials(
+            plans,
+            development,
+            resources=options.resources,
+            max_failures=options.max_failures,
+            concurrency=concurrency,
+        )
+    except SearchFailedError as error:
+        raise SearchFailedError(f"{error}; go on with --resume {folder.path}") from error
+    folder.record["refit_seconds"] = time.monotonic() - started
+    return list(zip(plans, refits, strict=True))
+
+
+def _default(records: list[TrialRecord]) -> TrialRecord | None:
+    """The trial of the default config."""
+    return next((r for r in reversed(records) if r.slot == 0 and r.state in SCORED), None)
+
+
+def _finish(
+    options: Options,
+    problem: Problem,
+    folder: RunFolder,
+    searcher: StudySearcher,
+    refits: list[tuple[Plan, Refit | str]],
+) -> int:
+    """Evaluates what was refitted, writes everything, then prints it; returns the exit code."""
     records, signal = searcher.records, searcher.stop.signal
     best = choose(records, options)
     if best is None:
         return _nothing_to_score(folder, searcher)
-    assert best.best is not None
-    default = next((r for r in reversed(records) if r.slot == 0 and r.state in SCORED), None)
-    say(
-        f"retraining: {SEEDS} seeds of trial {best.number} for {best.best['epoch']} epochs, the "
-        "default config, and boosting; then one look at the test rows; about "
-        f"{_retraining_seconds(best, default, options.folds):.0f} s and the boosting"
-    )
     started = time.monotonic()
-    # As many threads as a trial had, so that the best trial's curve comes out bit for bit.
+    # As many threads as a trial had: their number changes the last bits.
     prepare_process(options.resources.threads)
     # Counted before it is done: a run that is killed here may have seen them.
-    looks = folder.record.get("looks_at_test", 0) + 1
+    looks, gpus = folder.record.get("looks_at_test", 0) + 1, options.resources.gpus_per_trial
     folder.write_record(looks_at_test=looks)
     try:
         evaluation = evaluate(
+            refits,
             best,
-            default,
+            _default(records),
             problem.development,
             problem.sealed,
-            options.seed,
-            problem.table.source,
-            "cuda" if options.resources.gpus_per_trial > 0 and options.address is None else "cpu",
+            seed=options.seed,
+            data_source=problem.table.source,
+            device="cuda" if gpus > 0 and options.address is None else "cpu",
+            rule=options.threshold,
         )
     except NonFiniteLossError as error:
-        raise SearchFailedError(f"the best trial cannot be retrained: {error}") from error
+        raise SearchFailedError(str(error)) from error
     folder.write_evaluation(evaluation)
-    seconds = time.monotonic() - started
+    seconds = folder.record["refit_seconds"] + time.monotonic() - started
     insight = study_insight(records, best, problem.space, options.max_epochs)
     folder.write_record(
         best_trial=best.number,
@@ -285,18 +319,6 @@ def _looked_before(looks: int) -> str:
         f"This is look number {looks} of this run at its test rows. Whoever goes on with a search "
         "because of what the earlier look showed has chosen by a test score."
     )
-
-
-def _retraining_seconds(best: TrialRecord, default: TrialRecord | None, folds: int) -> float:
-    """What retraining takes, from what the trials took in the search."""
-    out = 0.0
-    for record in {r.number: r for r in (best, default) if r is not None}.values():
-        assert record.best is not None
-        folds_again = sum(row["seconds"] for row in record.epochs[: record.best["epoch"]])
-        # Each of k folds trains on k - 1 of k parts of the rows, each seed on all of them.
-        seeds = folds_again * SEEDS / max(folds - 1, 1)
-        out += seeds + (folds_again if record is best else 0.0)
-    return out
 
 
 def _nothing_to_score(folder: RunFolder, searcher: StudySearcher) -> int:

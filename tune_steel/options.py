@@ -112,6 +112,7 @@ class Options:
     max_failures: int
     warm_start: tuple[Path, ...]
     tries: tuple[str, ...]
+    threshold: Literal["none", "balanced", "f1"]
     seed: int
     output: Path
     address: str | None

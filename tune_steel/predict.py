@@ -5,83 +5,162 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tune_steel.architectures import make_network
 from tune_steel.config import TrialConfig
+from tune_steel.ensemble import Combination, natural
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Floats, Schema
-from tune_steel.fit import predict_probabilities
-from tune_steel.networks import Network, output_width
+from tune_steel.fit import predict_log_probabilities
+from tune_steel.networks import output_width
 from tune_steel.preprocess import Preprocessing
+from tune_steel.scores import decide
 
-_FORMAT = 2
+_FORMAT = 3
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Member:
+    """Networks of one config that differ in their rows and seeds.
+
+    Attributes:
+        trial: Number of the trial.
+        config: Its config.
+        class_weights: Weights [C] of the loss that trained the networks.
+        preprocessing: Their feature transforms, [R] replicas.
+        networks: S stacks of [R] replicas.
+    """
+
+    trial: int
+    config: TrialConfig
+    class_weights: Floats
+    preprocessing: Preprocessing
+    networks: tuple[torch.nn.Module, ...]
+
+    def log_probabilities(self, features: Features) -> Floats:
+        """Log-probabilities of each network as it gives them [S, R, n, C]."""
+        x = self.preprocessing.transform(features)
+        return np.stack([predict_log_probabilities(network, x) for network in self.networks])
+
+    def probabilities(self, features: Features) -> Floats:
+        """Probabilities of each network as it gives them [S * R, n, C]."""
+        p: Floats = np.exp(np.concatenate(self.log_probabilities(features)))
+        return p
+
+    def natural(self, features: Features) -> Floats:
+        """Probabilities at natural frequencies, mean of each stack [S, n, C]."""
+        p = natural(self.log_probabilities(features), self.class_weights)
+        mean: Floats = p.mean(axis=1)
+        return mean
 
 
 @dataclass(frozen=True)
 class FittedModel:
-    """R networks of one config that differ in their seed, and all that scoring raw rows needs.
+    """The ensemble, and all that scoring raw rows needs.
 
     Attributes:
-        config: The trial's config.
         classes: Class names.
-        network: The stacked networks, [R] replicas.
-        preprocessing: Their feature transforms, [R] replicas.
+        members: Those whose weight is above 0.
+        combination: How their probabilities become the ensemble's.
         data_source: Where the training rows came from; `stand-in` means no real data.
     """
 
-    config: TrialConfig
     classes: tuple[str, ...]
-    network: Network
-    preprocessing: Preprocessing
+    members: tuple[Member, ...]
+    combination: Combination
     data_source: str
 
     def predict_proba(self, frame: pd.DataFrame) -> Floats:
-        """Mean probabilities of the networks [n, C] for rows with the training table's columns.
+        """Probabilities [n, C] for rows with the training table's columns.
 
         Raises:
             DataError: A column is missing or not of its kind.
         """
-        features = self.preprocessing.schema.encode(frame)
-        mean: Floats = self.replica_probabilities(features).mean(axis=0)
-        return mean
+        return self.probabilities(self.members[0].preprocessing.schema.encode(frame))
 
-    def replica_probabilities(self, features: Features) -> Floats:
-        """Probabilities of each network [R, n, C]."""
-        return predict_probabilities(self.network, self.preprocessing, features)
+    def predict(self, frame: pd.DataFrame) -> NDArray[np.str_]:
+        """Class names [n]: by the stored threshold, else the most probable ones.
+
+        Raises:
+            DataError: A column is missing or not of its kind.
+        """
+        return np.array(self.classes)[
+            decide(self.predict_proba(frame), self.combination.threshold)
+        ]
+
+    def probabilities(self, features: Features) -> Floats:
+        """Probabilities [n, C] of encoded rows."""
+        return self.combination.apply(
+            [member.natural(features).mean(axis=0) for member in self.members]
+        )
+
+
+def rebuild(
+    config: TrialConfig, preprocessing: Preprocessing, classes: int, state: Mapping[str, Tensor]
+) -> torch.nn.Module:
+    """The stacked network of a state."""
+    network = make_network(
+        config.model,
+        len(preprocessing.schema.numeric),
+        preprocessing.width,
+        output_width(classes),
+        [torch.Generator() for _ in preprocessing.median],
+    )
+    network.load_state_dict(state)
+    return network
 
 
 def save_model(model: FittedModel, folder: Path) -> None:
     """Makes a folder of `weights.safetensors`, `preprocessing.safetensors` and `model.json`.
 
-    The folder appears when all three are written; an older one goes.
+    Tensor names begin with the member's position, and those of weights with the stack's too:
+    `3.0.head.weight`. The folder appears when all three are written; an older one goes.
     """
     place, folder = folder, folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
-    weights = {name: t.contiguous().cpu() for name, t in model.network.state_dict().items()}
+    weights, arrays = {}, {}
+    for m, member in enumerate(model.members):
+        for s, network in enumerate(member.networks):
+            for name, tensor in network.state_dict().items():
+                weights[f"{m}.{s}.{name}"] = tensor.contiguous().cpu()
+        state = {"median": member.preprocessing.median, **member.preprocessing.state}
+        for name, array in state.items():
+            arrays[f"{m}.{name}"] = np.ascontiguousarray(array)
     save_file(weights, folder / "weights.safetensors")
-    arrays = {"median": model.preprocessing.median, **model.preprocessing.state}
-    save_arrays(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-        folder / "preprocessing.safetensors",
-    )
+    save_arrays(arrays, folder / "preprocessing.safetensors")
     description = {
         "format": _FORMAT,
-        "config": model.config.as_dict(),
         "classes": list(model.classes),
-        "schema": asdict(model.preprocessing.schema),
-        "scaling": model.preprocessing.scaling,
-        "replicas": len(model.preprocessing.median),
+        "schema": asdict(model.members[0].preprocessing.schema),
+        "temperature": model.combination.temperature,
+        "threshold": model.combination.threshold,
         "data_source": model.data_source,
+        "members": [
+            {
+                "trial": member.trial,
+                "weight": float(weight),
+                "class_weights": member.class_weights.tolist(),
+                "scaling": member.preprocessing.scaling,
+                "stacks": len(member.networks),
+                "config": member.config.as_dict(),
+            }
+            for member, weight in zip(model.members, model.combination.weights, strict=True)
+        ],
     }
     text = json.dumps(description, indent=1) + "\n"
     (folder / "model.json").write_text(text, encoding="utf-8")
@@ -115,16 +194,26 @@ def load_model(folder: Path) -> FittedModel:
             (name, tuple(values)) for name, values in description["schema"]["categorical"]
         ),
     )
-    median = arrays.pop("median")
-    preprocessing = Preprocessing(description["scaling"], schema, median, arrays)
-    config = TrialConfig.model_validate(description["config"])
     classes = tuple(description["classes"])
-    network = make_network(
-        config.model,
-        len(schema.numeric),
-        preprocessing.width,
-        output_width(len(classes)),
-        [torch.Generator() for _ in range(description["replicas"])],
+    members = []
+    for m, entry in enumerate(description["members"]):
+        state = _below(f"{m}.", arrays)
+        median = state.pop("median")
+        preprocessing = Preprocessing(entry["scaling"], schema, median, state)
+        config = TrialConfig.model_validate(entry["config"])
+        networks = tuple(
+            rebuild(config, preprocessing, len(classes), _below(f"{m}.{s}.", weights))
+            for s in range(entry["stacks"])
+        )
+        class_weights = np.array(entry["class_weights"])
+        members.append(Member(entry["trial"], config, class_weights, preprocessing, networks))
+    combination = Combination(
+        np.array([entry["weight"] for entry in description["members"]]),
+        description["temperature"],
+        description["threshold"],
     )
-    network.load_state_dict(weights)
-    return FittedModel(config, classes, network, preprocessing, description["data_source"])
+    return FittedModel(classes, tuple(members), combination, description["data_source"])
+
+
+def _below(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

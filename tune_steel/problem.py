@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tune_steel import data, tasks
+from tune_steel.errors import OptionError
 from tune_steel.options import Options
 from tune_steel.space import Space, load_space, spaces_folder
 from tune_steel.splits import Development, SealedTest, Splits, freeze, prepare
@@ -52,6 +53,11 @@ def resolve(options: Options) -> Problem:
         assert options.task is not None
         table = data.load_steel(options.data, options.source)
         task = tasks.steel_task(table, options.task)
+    if options.threshold != "none" and len(task.classes) != 2:
+        raise OptionError(
+            f"--threshold {options.threshold}: for two classes only; {task.name} has "
+            f"{len(task.classes)}"
+        )
     default = options.task or ("binary" if len(task.classes) == 2 else "faults7")
     space = load_space(options.space or spaces_folder() / f"{default}.toml")
     space.check_classes(task.classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
+import copy
 import signal
 import socket
 import tempfile
@@ -14,12 +15,15 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 
 from tune_steel.budget import Stop
 from tune_steel.errors import OptionError, SearchFailedError
+from tune_steel.fit import prepare_process
+from tune_steel.limits import limit_memory, watched
 from tune_steel.options import Resources
 from tune_steel.progress import ProgressLine
+from tune_steel.refit import Plan, Refit, refit
 from tune_steel.scheduler import KeepsReference
 from tune_steel.searcher import ErrorKeeper, StopWhenTold, StudySearcher
 from tune_steel.splits import Development
@@ -138,6 +142,53 @@ def run_trials(
         finally:
             searcher.close()
             progress.close()
+
+
+def refit_trials(
+    plans: list[Plan],
+    development: Development,
+    *,
+    resources: Resources,
+    max_failures: int,
+    concurrency: int,
+) -> list[Refit | str]:
+    """Trains the folds of trials again, side by side; what each gave, or why it gave nothing.
+
+    Each takes what a trial takes. Workers get the development rows and nothing else.
+    """
+    rows = ray.put(development)
+    task = ray.remote(_refit_trial).options(
+        num_cpus=resources.cpus_per_trial,
+        num_gpus=resources.gpus_per_trial,
+        max_retries=max_failures,
+    )
+    # The longest first, so that no worker begins one when the others are done.
+    waiting = sorted(range(len(plans)), key=lambda i: plans[i].seconds)
+    running: dict[ray.ObjectRef[Refit], int] = {}
+    out: list[Refit | str] = [""] * len(plans)
+    while waiting or running:
+        while waiting and len(running) < concurrency:
+            i = waiting.pop()
+            running[task.remote(plans[i], rows, resources)] = i
+        done, _ = ray.wait(list(running), timeout=1)
+        check_ray()
+        for reference in done:
+            i = running.pop(reference)
+            try:
+                # A copy, because what Ray shares is gone when its session ends.
+                out[i] = copy.deepcopy(ray.get(reference))
+            except RayError as error:
+                out[i] = str(error).strip().splitlines()[-1]
+    return out
+
+
+def _refit_trial(plan: Plan, development: Development, resources: Resources) -> Refit:
+    prepare_process(resources.threads)
+    limit_memory(resources.memory)
+    device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
+    *_, last = watched(refit(plan, development, device), resources.epoch_timeout)
+    assert last is not None
+    return last
 
 
 def check_ray() -> None:

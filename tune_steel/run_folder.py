@@ -266,6 +266,7 @@ class RunFolder:
             tables.predictions_schema(len(classes)),
             **self._columns,
         )
+        self.record["ensemble"] = asdict(evaluation.ensemble)
         low, high = evaluation.confusion_interval
         self.record["test"] = {
             "rows": len(evaluation.y),

@@ -45,20 +45,41 @@ class Interval:
     high: float
 
 
-def score(p: Floats, y: Ints, reference_weights: Floats) -> dict[str, float]:
+def decide(p: Floats, threshold: float | None = None) -> Ints:
+    """The predicted class of each row [n].
+
+    Args:
+        p: Probabilities [n, C].
+        threshold: Two classes: the probability above which a row counts as of the second class;
+            None takes the most probable class.
+    """
+    predicted = p.argmax(axis=1) if threshold is None else p[:, 1] > threshold
+    return predicted.astype(np.int64)
+
+
+def score(
+    p: Floats, y: Ints, reference_weights: Floats, threshold: float | None = None
+) -> dict[str, float]:
     """Scores of class probabilities.
 
     Args:
         p: Probabilities [n, C].
         y: Class indices [n].
         reference_weights: The task's class weights [C].
+        threshold: As in `decide`.
     """
-    once = _weighted(p, y, reference_weights, np.ones((1, len(y))))
+    predicted = decide(p, threshold)
+    once = _weighted(p, predicted, y, reference_weights, np.ones((1, len(y))))
     return {name: float(values[0]) for name, values in once.items()}
 
 
 def bootstrap(
-    p: Floats, y: Ints, reference_weights: Floats, seed: int, resamples: int = RESAMPLES
+    p: Floats,
+    y: Ints,
+    reference_weights: Floats,
+    seed: int,
+    resamples: int = RESAMPLES,
+    threshold: float | None = None,
 ) -> dict[str, Interval]:
     """Scores with 95 % percentile bootstrap intervals over rows.
 
@@ -72,8 +93,10 @@ def bootstrap(
         reference_weights: The task's class weights [C].
         seed: Seed of the resampling.
         resamples: How many.
+        threshold: As in `decide`.
     """
     rng = np.random.default_rng(seed)
+    predicted = decide(p, threshold)
     members = [np.flatnonzero(y == c) for c in range(p.shape[1])]
     drawn: dict[str, list[Floats]] = {name: [] for name in score_names(p.shape[1])}
     chunk = max(_CELLS_A_CHUNK // len(y), 1)
@@ -84,19 +107,19 @@ def bootstrap(
             if len(rows):
                 even = np.full(len(rows), 1 / len(rows))
                 counts[:, rows] = rng.multinomial(len(rows), even, size=size)
-        for name, values in _weighted(p, y, reference_weights, counts).items():
+        for name, values in _weighted(p, predicted, y, reference_weights, counts).items():
             drawn[name].append(values)
     out = {}
-    for name, value in score(p, y, reference_weights).items():
+    for name, value in score(p, y, reference_weights, threshold).items():
         low, high = np.nanquantile(np.concatenate(drawn[name]), [0.025, 0.975])
         out[name] = Interval(value, float(low), float(high))
     return out
 
 
-def confusion(p: Floats, y: Ints) -> Ints:
-    """Confusion matrix [true class, predicted class]."""
+def confusion(p: Floats, y: Ints, threshold: float | None = None) -> Ints:
+    """Confusion matrix [true class, predicted class]; the threshold is that of `decide`."""
     classes = p.shape[1]
-    cells = np.bincount(y * classes + p.argmax(axis=1), minlength=classes * classes)
+    cells = np.bincount(y * classes + decide(p, threshold), minlength=classes * classes)
     return cells.reshape(classes, classes)
 
 
@@ -121,10 +144,12 @@ def confusion_interval(table: Ints, seed: int, resamples: int = RESAMPLES) -> tu
     return low, high
 
 
-def _weighted(p: Floats, y: Ints, weights: Floats, counts: Floats) -> dict[str, Floats]:
+def _weighted(
+    p: Floats, decided: Ints, y: Ints, weights: Floats, counts: Floats
+) -> dict[str, Floats]:
     """Scores [S] of rows that are counted `counts` [S, n] times."""
     classes = p.shape[1]
-    predicted = np.eye(classes)[p.argmax(axis=1)]
+    predicted = np.eye(classes)[decided]
     truth = np.eye(classes)[y]
     nll = -np.log(np.clip(p[np.arange(len(y)), y], _LEAST_PROBABILITY, None))
     hits = counts @ (predicted * truth)

@@ -102,6 +102,13 @@ def search(
         list[str] | None,
         typer.Option("--try", help="A config to try first, as JSON: '{\"optimizer.lr\": 0.003}'."),
     ] = None,
+    threshold: Annotated[
+        Literal["none", "balanced", "f1"],
+        typer.Option(
+            help="Two classes: chooses the ensemble's decision threshold out of fold, for "
+            "balanced accuracy or for the F1 of the second class; none is 0.5."
+        ),
+    ] = "none",
     cpus_per_trial: Annotated[float, typer.Option(help="CPUs, and threads, of a trial.")] = 1.0,
     gpus_per_trial: Annotated[
         float, typer.Option(help="GPUs of a trial; may be a fraction.")
@@ -130,7 +137,7 @@ def search(
         bool, typer.Option("--dry-run", help="Print space, splits and first configs; run nothing.")
     ] = False,
 ) -> int:
-    """Search the best network for a table, retrain it, score it once on unseen test rows."""
+    """Search the best networks for a table, make an ensemble, score it once on unseen rows."""
     from tune_steel.budget import Budget
     from tune_steel.options import (
         Options,
@@ -171,6 +178,7 @@ def search(
         "max_failures": max_failures,
         "warm_start": tuple(warm_start or ()),
         "tries": tuple(try_ or ()),
+        "threshold": threshold,
         "seed": seed,
         "output": output,
         "address": address,

@@ -10,11 +10,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tune_steel.evaluate import Evaluation, Scored
+from tune_steel.evaluate import EnsembleFacts, Evaluation, Scored
 from tune_steel.scores import Interval
 from tune_steel.study import TrialRecord
 
-_LABELS = {"tuned": "tuned", "default": "default config", "boosting": "boosting"}
+_LABELS = {"default": "default config"}
+_BESIDE = "bagged"
+"""The model that is in `scores.parquet` and the validation table only: five do not fit."""
+
 _WIDTH_WITHOUT_TERMINAL = 118
 _MOST_CLASSES_SHOWN = 10
 _SAME_CURVE = 1e-9
@@ -57,41 +60,59 @@ def evaluation_summary(
     evaluation: Evaluation, classes: tuple[str, ...]
 ) -> Iterator[RenderableType]:
     """Test scores beside validation scores, the confusion matrix, and what they can say."""
-    tuned = evaluation.models[0]
+    first = evaluation.models[0]
     rows = len(evaluation.y)
-    seeds = len(tuned.probabilities)
     yield from evaluation.notes
+    yield _ensemble_line(evaluation.ensemble)
     table = _table(f"Test scores on {rows} rows, 95 % interval")
     table.add_column("score")
-    for model in evaluation.models:
-        averaged = f"\n{seeds} seeds averaged" if len(model.probabilities) > 1 else "\n"
-        table.add_column(_LABELS[model.name] + averaged, justify="right", no_wrap=True)
-        if model is tuned:
-            table.add_column("tuned, one seed\nmean ± sd", justify="right", no_wrap=True)
-    for name in tuned.intervals:
-        cells: list[RenderableType] = []
-        for model in evaluation.models:
-            cells.append(_interval(model.intervals[name]))
-            if model is tuned:
-                spread = model.seed_scores[name]
-                cells.append(f"{spread.mean():.3f} ± {spread.std(ddof=1):.3f}")
-        table.add_row(name, *cells)
+    shown = [model for model in evaluation.models if model.name != _BESIDE]
+    for model in shown:
+        seeds = len(model.probabilities)
+        averaged = f"\n{seeds} seeds averaged" if seeds > 1 else "\n"
+        table.add_column(_label(model) + averaged, justify="right", no_wrap=True)
+    for name in first.intervals:
+        table.add_row(name, *(_interval(model.intervals[name]) for model in shown))
     yield table
     yield _validation_table(evaluation.models)
     yield _confusion_table(evaluation, classes)
-    if evaluation.reproduction_gap > _SAME_CURVE:
+    if (evaluation.reproduction_gap or 0) > _SAME_CURVE:
         yield (
             f"Training the best trial again gave a validation loss that differs by "
             f"{evaluation.reproduction_gap:.2g}, as another machine or device may; the "
             "out-of-fold predictions are those of this second training."
         )
-    accuracy = tuned.intervals["accuracy"]
+    accuracy = first.intervals["accuracy"]
     yield (
-        f"One test row is {100 / rows:.1f} points of accuracy, and the tuned model's interval is "
+        f"One test row is {100 / rows:.1f} points of accuracy, and the ensemble's interval is "
         f"{100 * (accuracy.high - accuracy.low):.0f} points wide: smaller differences between the "
-        "columns say nothing. Validation losses chose the trial, so they flatter it; the test "
-        "rows chose nothing. `loss` favours models trained with class weights, `log_loss` models "
-        "trained without, as boosting is."
+        "columns say nothing. Validation losses chose the trials, so they flatter them; the test "
+        "rows chose nothing. "
+        + (
+            "The ensemble's validation scores are cross-fitted: its weights and temperature were "
+            "chosen on the other folds. "
+            if evaluation.ensemble.cross_fitted
+            else "The ensemble's weights and temperature were fitted to the validation rows "
+            "themselves, which flatters its validation scores further. "
+        )
+        + "`loss` favours models trained with class weights, `log_loss` models that know the "
+        "classes' frequencies, as the ensemble, bagged and boosting do."
+    )
+
+
+def _label(model: Scored) -> str:
+    return _LABELS.get(model.name, model.name)
+
+
+def _ensemble_line(ensemble: EnsembleFacts) -> str:
+    """Who is in it, the heaviest first."""
+    used = sorted((m for m in ensemble.members if m.weight > 0), key=lambda m: -m.weight)
+    who = ", ".join(f"trial {m.trial} ({m.family}) {m.weight:.2f}" for m in used)
+    threshold = "" if ensemble.threshold is None else f", threshold {ensemble.threshold:.3f}"
+    return (
+        f"ensemble of {len(used)} of {len(ensemble.members)}: {who}; "
+        f"temperature {ensemble.temperature:.2f}{threshold}; out-of-fold log_loss "
+        f"{ensemble.cross_fitted_log_loss:.4f}"
     )
 
 
@@ -103,7 +124,7 @@ def _validation_table(models: list[Scored]) -> Table:
     table = _table("Validation scores, mean over the folds")
     table.add_column("score")
     for model in models:
-        table.add_column(_LABELS[model.name], justify="right")
+        table.add_column(_label(model), justify="right")
     for name in models[0].intervals:
         table.add_row(name, *(f"{model.validation[name]:.3f}" for model in models))
     return table
@@ -113,7 +134,7 @@ def _confusion_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Render
     if len(classes) > _MOST_CLASSES_SHOWN:
         return f"Confusion matrix of {len(classes)} classes: see test.confusion in run.json"
     intervals = len(classes) == 2
-    title = "Confusion matrix of the tuned model on the test rows"
+    title = "Confusion matrix of the ensemble on the test rows"
     table = _table(title + (", 95 % interval" if intervals else ""))
     table.add_column("true \\ predicted")
     for name in classes:

@@ -36,6 +36,12 @@ _RUN = [
 ]
 
 
+_MODELS = (
+    "ensemble (the final model), bagged (the best trial's fold models), tuned (the best trial on "
+    "all development rows), default (the default config, likewise) or boosting."
+)
+
+
 def _scores(classes: int, when: str) -> list[pa.Field]:
     return [
         _field(f"val_{name}", pa.float64(), f"Validation {SCORES[name]}; {when}")
@@ -108,11 +114,13 @@ def predictions_schema(classes: int) -> pa.Schema:
     return pa.schema(
         [
             *_RUN,
-            _field("model", pa.string(), "tuned, default or boosting."),
+            _field("model", pa.string(), _MODELS),
             _field(
                 "split",
                 pa.string(),
-                "out-of-fold (the search's folds at the best epoch) or test.",
+                "test, or out-of-fold: by the models of the other folds. The ensemble's are "
+                "cross-fitted (weights and temperature are those of the other folds too, unless "
+                "there is only one), those of tuned are the search's own at the best epoch.",
             ),
             _field("seed", pa.int32(), "Number of the seed; null is the mean of the seeds."),
             _field("fold", pa.int32(), "Fold whose model predicts; null for test rows."),
@@ -129,8 +137,12 @@ def scores_schema() -> pa.Schema:
     return pa.schema(
         [
             *_RUN,
-            _field("model", pa.string(), "tuned, default or boosting."),
-            _field("split", pa.string(), "test, or validation (mean over the folds)."),
+            _field("model", pa.string(), _MODELS),
+            _field(
+                "split",
+                pa.string(),
+                "test, or validation (mean over the folds; the ensemble's is cross-fitted).",
+            ),
             _field("rows", pa.int32(), "Rows that were scored."),
             _field("score", pa.string(), "Name of the score."),
             _field("value", pa.float64(), "Score of the averaged prediction."),

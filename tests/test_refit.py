@@ -1,0 +1,121 @@
+"""Training a trial again gives what the search had, and more seeds of it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from trials import Rows, trial
+
+from tune_steel.errors import NonFiniteLossError
+from tune_steel.fit import Fit
+from tune_steel.networks import log_probabilities
+from tune_steel.refit import (
+    SEEDS,
+    SEEDS_A_MEMBER,
+    Plan,
+    Refit,
+    member,
+    refit,
+    retrain,
+    seconds_again,
+    validation_rows,
+)
+from tune_steel.seeds import derive
+from tune_steel.space import Space
+from tune_steel.trainable import replica_seeds
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def again(plan: Plan, steel_rows: Rows) -> Refit:
+    *_, last = refit(plan, steel_rows[0], "cpu")
+    assert last is not None
+    return last
+
+
+def test_the_folds_again_are_the_searchs_bit_for_bit_and_other_seeds_are_others(
+    decaying_space: Space, steel_rows: Rows
+) -> None:
+    development, _ = steel_rows
+    record = trial(decaying_space, development, **{"optimizer.lr": 0.1})
+    plan, found = Plan.of(record), again(Plan.of(record), steel_rows)
+    best = record.best
+    assert best is not None
+    assert 1 < best["epoch"] == len(plan.learning_rates) < len(record.epochs)
+    assert plan.learning_rates[-1] < plan.learning_rates[0]
+    assert found.val_loss == best["val_loss"]
+
+    # The search scores each epoch, the refit does not: it must make no difference.
+    folds = development.folds
+    searched = Fit(record.config, development, folds, replica_seeds(record.seed, len(folds)))
+    list(searched.epochs(best["epoch"]))
+    assert len(found.states) == len(found.out_of_fold) == SEEDS_A_MEMBER
+    for name, tensor in searched.network.state_dict().items():
+        assert torch.equal(tensor, found.states[0][name]), name
+    logits = torch.tensor(np.concatenate(searched.validation_logits()))
+    assert np.array_equal(found.out_of_fold[0], log_probabilities(logits).numpy())
+    assert not np.allclose(found.out_of_fold[0], found.out_of_fold[1])
+
+
+def test_out_of_fold_predictions_are_those_of_the_models_that_did_not_see_the_rows(
+    decaying_space: Space, steel_rows: Rows
+) -> None:
+    development, _ = steel_rows
+    plan = Plan.of(trial(decaying_space, development, **{"loss.pos_weight": 3.0}))
+    found = again(plan, steel_rows)
+    fitted = member(plan, found, development)
+    positions, fold = validation_rows(development)
+    assert sorted(positions) == list(range(len(development.y)))
+    p = fitted.log_probabilities(development.features.take(positions))  # [S, k, n, C]
+    own = p[:, fold, np.arange(len(positions))]
+    np.testing.assert_allclose(own, found.out_of_fold, atol=1e-5)
+    np.testing.assert_allclose(fitted.class_weights, [1, 3])
+    mean = found.natural(fitted.class_weights)
+    odds = np.exp(found.out_of_fold[..., 1] - found.out_of_fold[..., 0]) / 3
+    np.testing.assert_allclose(mean[:, 1], (odds / (1 + odds)).mean(axis=0))
+
+
+def test_the_retrained_model_repeats_the_trials_learning_rates_up_to_its_best_epoch(
+    decaying_space: Space, steel_rows: Rows
+) -> None:
+    development, _ = steel_rows
+    plan = Plan.of(trial(decaying_space, development, **{"optimizer.lr": 0.1}))
+    everything = np.arange(len(development.y))
+    by_hand = Fit(
+        plan.config,
+        development,
+        [(everything, everything[:0])] * SEEDS,
+        [derive(3, "retrain", i) for i in range(SEEDS)],
+    )
+    for rate in plan.learning_rates:
+        by_hand.train_epoch(rate)
+    (network,) = retrain(plan, development, 3, "cpu").networks
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, by_hand.network.state_dict()[name]), name
+
+
+def test_a_loss_that_is_not_finite_ends_it(decaying_space: Space, steel_rows: Rows) -> None:
+    plan = Plan.of(trial(decaying_space, steel_rows[0]))
+    broken = replace(plan, learning_rates=(float("nan"), *plan.learning_rates[1:]))
+    with pytest.raises(NonFiniteLossError, match="trial 0 again"):
+        again(broken, steel_rows)
+    with pytest.raises(NonFiniteLossError, match="trial 0 again"):
+        retrain(broken, steel_rows[0], 0, "cpu")
+
+
+def test_the_time_it_takes_counts_every_seed_and_is_shared_by_the_workers(
+    decaying_space: Space,
+) -> None:
+    def plan(number: int, seconds: float) -> Plan:
+        return Plan(
+            number, decaying_space.config(decaying_space.defaults()), 0, (0.1,), 0.5, seconds
+        )
+
+    plans = [plan(0, 3.0), plan(1, 1.0), plan(2, 2.0)]
+    # 5 seeds on all rows: 5 folds' worth, each a quarter longer, of trials that took 3 and 7.
+    rivals = (3 + 7) * 5 / 4
+    assert seconds_again(plans, [plans[0], plan(9, 7.0)], 5, 1) == pytest.approx(12 + rivals)
+    assert seconds_again(plans, [plans[0], plan(9, 7.0)], 5, 2) == pytest.approx(6 + rivals)
+    # However many workers: the longest member is one task.
+    assert seconds_again(plans, plans[:1], 5, 99) == pytest.approx(6 + 3 * 5 / 4)
