@@ -323,6 +323,7 @@ def spread(p: Any, seen: NDArray[Any], fold: Fold) -> Floats:
     """Probabilities [m, C] with a column for each class of the task, also one not trained on."""
     out = np.zeros((len(p), fold.classes))
     out[:, np.asarray(seen, dtype=np.int64)] = p
+    out /= out.sum(axis=1, keepdims=True)  # some are in single precision
     return out
 
 
