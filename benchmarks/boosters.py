@@ -68,7 +68,7 @@ class Booster:
         """The library's own defaults on all training rows."""
         seed = derive(fold.seed, self.package)
         model = self.make(self.module(), seed)
-        _fit(model, fold.x, fold.y)
+        model.fit(fold.x, fold.y)
         return Outcome({f"{self.title} default": _predict(model, fold.x_test, fold)})
 
     def tuned(self, fold: Fold) -> Outcome:
@@ -82,7 +82,7 @@ class Booster:
             model = self.make(module, seed)
             model.set_params(**params, **self.stopping, n_estimators=MOST_TREES)
             quiet = {} if self.package == "lightgbm" else {"verbose": False}
-            _fit(model, x[train], y[train], eval_set=[(x[val], y[val])], **quiet)
+            model.fit(x[train], y[train], eval_set=[(x[val], y[val])], **quiet)
             p = _predict(model, x[val], fold)
             return float(log_loss(y[val], p, labels=range(fold.classes))), self.trees(model)
 
@@ -103,23 +103,26 @@ class Booster:
         trees = int(best.user_attrs["trees"])
         model = self.make(module, seed)
         model.set_params(**best.user_attrs["params"], n_estimators=trees)
-        _fit(model, x, y)
+        model.fit(x, y)
         note = f"trial {best.number} of {len(study.trials)}, inner log-loss {best.value:.4f}, "
         return Outcome(
             {f"{self.title} tuned": _predict(model, fold.x_test, fold)}, f"{note}{trees} trees"
         )
 
 
-def _fit(model: Any, x: Floats, y: Ints, **more: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.fit(x, y, **more)
-
-
 def _predict(model: Any, x: Floats, fold: Fold) -> Floats:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that arrays have no column names
-        return spread(model.predict_proba(x), model.classes_, fold)
+    return spread(model.predict_proba(x), model.classes_, fold)
+
+
+def _quiet(method: Method) -> Method:
+    """Without the libraries' warnings about each other; filters are no thread's own."""
+
+    def quiet(fold: Fold) -> Outcome:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return method(fold)
+
+    return quiet
 
 
 def _lightgbm_space(trial: optuna.Trial) -> dict[str, Any]:
@@ -227,6 +230,6 @@ BOOSTERS = (
 )
 
 METHODS: dict[str, Method] = {
-    **{f"{booster.title} default": booster.default for booster in BOOSTERS},
-    **{f"{booster.title} tuned": booster.tuned for booster in BOOSTERS},
+    **{f"{booster.title} default": _quiet(booster.default) for booster in BOOSTERS},
+    **{f"{booster.title} tuned": _quiet(booster.tuned) for booster in BOOSTERS},
 }
