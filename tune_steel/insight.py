@@ -246,21 +246,29 @@ def _moves(records: Sequence[TrialRecord]) -> list[Move]:
 
 
 def _gain(winner: TrialRecord, default: TrialRecord) -> Gain:
-    """The corrected resampled t interval (Nadeau & Bengio, 2003).
-
-    The folds' training rows overlap, so the variance of the mean is that of the folds times
-    1/k + n_val/n_train, not 1/k; n_val/n_train is 1/(k - 1).
-    """
     assert winner.best is not None
     assert default.best is not None
     folds = np.subtract(default.best["fold_val_loss"], winner.best["fold_val_loss"])
     k, mean = len(folds), float(folds.mean())
-    low = high = None
-    if k > 1:
-        error = float(np.sqrt(folds.var(ddof=1) * (1 / k + 1 / (k - 1))))
-        half = float(stdtrit(k - 1, 0.975)) * error
-        low, high = mean - half, mean + half
+    low, high = corrected_interval(folds, 1 / (k - 1)) if k > 1 else (None, None)
     return Gain(winner.number, default.number, folds.tolist(), mean, low, high)
+
+
+def corrected_interval(differences: Floats, ratio: float) -> tuple[float, float]:
+    """The 95 % corrected resampled t interval of a mean (Nadeau & Bengio, 2003).
+
+    The training rows of the folds overlap, so the variance of the mean is that of the folds
+    times 1/k + n_test/n_train, not 1/k.
+
+    Args:
+        differences: One for each fold (and repeat) [k], at least two.
+        ratio: n_test/n_train.
+    """
+    k = len(differences)
+    error = float(np.sqrt(differences.var(ddof=1) * (1 / k + ratio)))
+    half = float(stdtrit(k - 1, 0.975)) * error
+    mean = float(differences.mean())
+    return mean - half, mean + half
 
 
 def insight_lines(insight: Insight) -> Iterator[RenderableType]:

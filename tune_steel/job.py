@@ -50,7 +50,17 @@ def run_search(options: Options) -> int:
     if options.dry_run:
         _dry_run(options, problem)
         return 0
-    folder = RunFolder(make_folder(options.output, problem.task.name), options, problem)
+    return run_problem(options, problem, make_folder(options.output, problem.task.name))
+
+
+def run_problem(options: Options, problem: Problem, path: Path) -> int:
+    """Runs the job on a resolved problem in an empty folder; returns the exit code.
+
+    Raises:
+        TuneSteelError: Something the user can mend.
+        SearchFailedError: The search cannot go on, or every trial failed.
+    """
+    folder = RunFolder(path, options, problem)
     try:
         with run_lock(folder.journal):
             return _run(options, problem, folder)

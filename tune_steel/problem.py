@@ -53,6 +53,23 @@ def resolve(options: Options) -> Problem:
         assert options.task is not None
         table = data.load_steel(options.data, options.source)
         task = tasks.steel_task(table, options.task)
+    shares = options.split or task.split
+    splits = freeze(task, seed=options.seed, split=shares, folds=options.folds)
+    return assemble(options, table, task, splits, shares)
+
+
+def assemble(
+    options: Options,
+    table: data.Table,
+    task: tasks.Task,
+    splits: Splits,
+    shares: tuple[float, float, float],
+) -> Problem:
+    """A problem of a task that is loaded and cut already.
+
+    Raises:
+        TuneSteelError: Something the user can mend.
+    """
     if options.threshold != "none" and len(task.classes) != 2:
         raise OptionError(
             f"--threshold {options.threshold}: for two classes only; {task.name} has "
@@ -61,7 +78,5 @@ def resolve(options: Options) -> Problem:
     default = options.task or ("binary" if len(task.classes) == 2 else "faults7")
     space = load_space(options.space or spaces_folder() / f"{default}.toml")
     space.check_classes(task.classes)
-    shares = options.split or task.split
-    splits = freeze(task, seed=options.seed, split=shares, folds=options.folds)
     development, sealed, notes = prepare(task, splits)
     return Problem(table, task, splits, shares, development, sealed, space, notes)

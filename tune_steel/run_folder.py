@@ -192,7 +192,7 @@ class RunFolder:
                 "leaves": problem.space.as_dict(),
             },
             "versions": _package_versions(),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "machine": _machine(),
         }
         if before is not None:
@@ -314,7 +314,7 @@ def _package_versions() -> dict[str, str | None]:
     return out
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout that runs, with `+changes` if it has any; None for a wheel."""
     here = Path(__file__).parent.parent
     if not (here / ".git").exists():

@@ -62,8 +62,6 @@ def freeze(task: Task, *, seed: int, split: Sequence[float], folds: int) -> Spli
 
     check_split(split)
     _, val_share, test_share = split
-    counts = np.bincount(task.y, minlength=len(task.classes))
-    rarest = int(counts.argmin())
     everything = np.arange(len(task.y))
     try:
         development, test = train_test_split(
@@ -72,23 +70,52 @@ def freeze(task: Task, *, seed: int, split: Sequence[float], folds: int) -> Spli
             stratify=task.y,
             random_state=derive(seed, "test split"),
         )
+    except ValueError as error:
+        raise _too_rare(task, "splits") from error
+    return cut(
+        task,
+        development,
+        test,
+        seed=seed,
+        validation=max(round(val_share * len(everything)), 1),
+        folds=folds,
+    )
+
+
+def cut(
+    task: Task, development: Ints, test: Ints, *, seed: int, validation: int, folds: int
+) -> Splits:
+    """Cuts development rows into training and validation rows and folds, stratified.
+
+    Args:
+        task: The task.
+        development: Positions of the rows that a search may see.
+        test: Positions of those that it may not.
+        seed: Seed of the run.
+        validation: How many rows the plain split validates on.
+        folds: How many replicas; 1 is the plain split.
+
+    Raises:
+        DataError: A class has too few rows for the splits.
+    """
+    try:
         train, val = train_test_split(
             development,
-            test_size=max(round(val_share * len(everything)), 1),
+            test_size=validation,
             stratify=task.y[development],
             random_state=derive(seed, "validation split"),
         )
     except ValueError as error:
-        raise _too_rare(task, counts, rarest, "splits") from error
+        raise _too_rare(task, "splits") from error
     for rows in (train, val, test):
         if (np.bincount(task.y[rows], minlength=len(task.classes)) == 0).any():
-            raise _too_rare(task, counts, rarest, "splits")
+            raise _too_rare(task, "splits")
     train, val, test = (np.sort(rows).astype(np.int64) for rows in (train, val, test))
     if folds == 1:
         return Splits(train, val, test, ((train, val),))
     development = np.sort(np.concatenate([train, val]))
     if np.bincount(task.y[development]).min() < folds:
-        raise _too_rare(task, counts, rarest, f"{folds} folds")
+        raise _too_rare(task, f"{folds} folds")
     cuts = StratifiedKFold(folds, shuffle=True, random_state=derive(seed, "folds")).split(
         development, task.y[development]
     )
@@ -98,7 +125,9 @@ def freeze(task: Task, *, seed: int, split: Sequence[float], folds: int) -> Spli
     return Splits(train, val, test, pairs)
 
 
-def _too_rare(task: Task, counts: Ints, rarest: int, what: str) -> DataError:
+def _too_rare(task: Task, what: str) -> DataError:
+    counts = np.bincount(task.y, minlength=len(task.classes))
+    rarest = int(counts.argmin())
     return DataError(
         f"class {task.classes[rarest]!r} has {counts[rarest]} rows, too few for the {what}: every "
         "split and fold needs at least one; merge or remove the class, change --split, or take "

@@ -168,7 +168,7 @@ def write_table(path: Path, rows: Iterable[Row], schema: pa.Schema) -> None:
     if unknown:
         raise ValueError(f"{path.name} has no column {', '.join(sorted(unknown))}")
     table = pa.Table.from_pylist(rows, schema=schema)
-    with _renamed(path) as temporary:
+    with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
@@ -195,19 +195,19 @@ def write_blocks(
             whole[name] = value if array else pa.repeat(pa.scalar(value, kind), rows)
         return pa.table(whole).cast(schema)
 
-    with _renamed(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for block in blocks:
             writer.write_table(columns(block))
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes JSON, whole or not at all."""
-    with _renamed(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes its place when all of it is written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

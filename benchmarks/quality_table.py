@@ -1,0 +1,125 @@
+"""The nested benchmark's table, in Markdown, from its published rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tune_steel.insight import corrected_interval
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- quality: benchmarks/quality.py -->", "<!-- end of quality -->"
+_SHOWN = {
+    "accuracy": "accuracy",
+    "macro_accuracy": "balanced",
+    "macro_f1": "macro F1",
+    "macro_precision": "macro precision",
+    "log_loss": "log-loss",
+    "auroc": "AUROC",
+}
+_COMPARED = ("accuracy", "macro_accuracy", "log_loss")
+_OURS = ("ensemble", "bagged", "tuned")
+"""The product's models; the first one that is there is what a user gets."""
+_TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
+
+
+def publish(folder: Path) -> None:
+    """Prints the table and puts it between its markers in the README, if it has them."""
+    text = render(pd.read_parquet(folder / "quality.parquet"))
+    print(text)
+    readme = README.read_text(encoding="utf-8")
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def render(rows: pd.DataFrame) -> str:
+    """Every task's table.
+
+    Args:
+        rows: `quality.parquet`.
+    """
+    return "\n".join(
+        line
+        for task in rows["task"].unique()
+        for line in _task(str(task), rows[rows["task"] == task])
+    )
+
+
+def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
+    failed = rows[rows["error"].notna()]
+    scored = rows[rows["error"].isna()]
+    first = rows.iloc[0]
+    stand_in = ", STAND-IN data" if (rows["data_source"] == "stand-in").any() else ""
+    yield (
+        f"**{task}**{stand_in}: means over outer folds of {first['outer_folds']} "
+        f"({first['trials']} trials, {first['inner_folds']} inner folds, "
+        f"{first['threads']} CPUs, seed {first['seed']})"
+    )
+    yield ""
+    if len(scored):
+        means = scored.groupby("method")[[*_SHOWN, "seconds"]].mean()
+        means["folds"] = scored.groupby("method").size()
+        means = means.sort_values("log_loss")
+        ours = next((name for name in _OURS if name in means.index), None)
+        boosters = [name for name in means.index if name in _TUNED_BOOSTERS]
+        against = [name for name in (*boosters[:1], ours) if name is not None]
+        yield _row("method", "folds", *_SHOWN.values(), "seconds")
+        yield _row("---", *["---:"] * (len(_SHOWN) + 2))
+        for method, row in means.iterrows():
+            scores = [f"{row[name]:.3f}" for name in _SHOWN]
+            yield _row(str(method), f"{row['folds']:.0f}", *scores, f"{row['seconds']:.0f}")
+        yield ""
+        for rival in against:
+            yield from _differences(rival, list(means.index), scored)
+    for cell, part in failed.groupby("cell", sort=False):
+        folds = ", ".join(f"{r.repeat}/{r.fold}" for r in part.itertuples())
+        yield f"- {cell} was not measured (repeat/fold {folds}): {part['error'].iloc[-1]}"
+    if len(failed):
+        yield ""
+
+
+def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> Iterator[str]:
+    """Paired differences to one method on the folds that both have."""
+    place = ["repeat", "fold"]
+    why = ", the tuned booster with the lowest log-loss here," if rival in _TUNED_BOOSTERS else ""
+    yield (
+        f"Difference to {rival}{why} on the folds that both have, with the corrected 95 % "
+        "interval (Nadeau & Bengio); a tie is one whose interval holds 0:"
+    )
+    yield ""
+    yield _row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
+    yield _row("---", *["---:"] * (len(_COMPARED) + 1))
+    theirs = scored[scored["method"] == rival].set_index(place)
+    ratio = float(theirs["test_rows"].sum() / theirs["train_rows"].sum())
+    for method in methods:
+        if method == rival:
+            continue
+        mine = scored[scored["method"] == method].set_index(place)
+        both = mine.index.intersection(theirs.index)
+        cells = []
+        for name in _COMPARED:
+            gaps = (mine.loc[both, name] - theirs.loc[both, name]).to_numpy(dtype=np.float64)
+            cells.append(_difference(gaps, ratio, lower=name == "log_loss"))
+        yield _row(method, str(len(both)), *cells)
+    yield ""
+
+
+def _difference(gaps: np.ndarray, ratio: float, *, lower: bool) -> str:
+    """A mean difference in words: better and worse only where the interval leaves 0 out."""
+    if len(gaps) == 0:
+        return "no common fold"
+    mean = float(gaps.mean())
+    if len(gaps) == 1:
+        return f"{mean:+.3f}"
+    low, high = corrected_interval(gaps, ratio)
+    verdict = "tie" if low <= 0 <= high else "better" if (mean < 0) == lower else "worse"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

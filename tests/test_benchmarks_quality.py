@@ -1,0 +1,253 @@
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks import boosters, outside, quality, quality_table, rivals
+from benchmarks.rivals import Fold, Outcome, Settings
+from tune_steel.errors import OptionError
+from tune_steel.scores import score
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = Settings(trials=2, max_epochs=2, inner_folds=2, seed=3, threads=2)
+KEY = ["task", "repeat", "fold", "method"]
+
+
+def wine_fold(**changed: Any) -> Fold:
+    table, task = quality.load("wine", "auto")
+    train, test = quality.outer_folds(task, 4, 0, 3)[1]
+    return Fold(table, task, train, test, 5, Settings(**{**vars(SETTINGS), **changed}))
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = pd.read_parquet(folder / "quality.parquet")
+    return rows, pd.read_parquet(folder / "quality-predictions.parquet")
+
+
+def run(folder: Path, **changed: Any) -> None:
+    given = {
+        "tasks": "breast_cancer,wine",
+        "methods": "guess",
+        "folds": "",
+        "repeats": 1,
+        "trials": 2,
+        "max_epochs": 2,
+        "outer": 2,
+        "inner": 2,
+        "threads": 2,
+        "seed": 3,
+        "rivals_python": None,
+        "space": None,
+        "source": "auto",
+        "output": folder,
+        "redo": False,
+        "table": False,
+    }
+    quality.main(**{**given, **changed})
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """`guess`, a method that knows only the class frequencies, and a note of what it was given."""
+    made: list[tuple[str, int]] = []
+
+    def guess(fold: Fold) -> Outcome:
+        made.append((fold.task.name, int(fold.test[0])))
+        share = np.bincount(fold.y, minlength=fold.classes) / len(fold.y)
+        return Outcome({"guess": np.tile(share, (len(fold.test), 1))})
+
+    monkeypatch.setattr(quality, "METHODS", {"guess": guess})
+    return made
+
+
+def test_every_row_is_tested_once_a_repeat_and_every_fold_has_the_classes_in_proportion() -> None:
+    _, task = quality.load("faults7", "stand-in")
+    repeats = [quality.outer_folds(task, 10, repeat, 0) for repeat in (0, 1)]
+    for folds in repeats:
+        tested = np.concatenate([test for _, test in folds])
+        assert sorted(tested) == list(range(len(task.y)))
+        for train, test in folds:
+            assert not set(train) & set(test)
+            counts = np.bincount(task.y[test], minlength=7)
+            assert (np.abs(counts - np.bincount(task.y) / 10) < 1.5).all()
+    assert not np.array_equal(repeats[0][0][1], repeats[1][0][1])
+
+
+def test_a_killed_benchmark_goes_on_with_what_is_missing(
+    calls: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guess = quality.METHODS["guess"]
+
+    def killed(fold: Fold) -> Outcome:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return guess(fold)
+
+    monkeypatch.setitem(quality.METHODS, "guess", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    rows, _ = read(tmp_path)
+    # All tasks on the first outer fold come before the second one.
+    assert list(zip(rows["task"], rows["fold"], strict=True)) == [
+        ("breast_cancer", 0),
+        ("wine", 0),
+        ("breast_cancer", 1),
+    ]
+    monkeypatch.setitem(quality.METHODS, "guess", guess)
+    run(tmp_path)
+    assert len(calls) == len(set(calls)) == 4
+    rows, predictions = read(tmp_path)
+    assert len(rows) == 4
+    assert not rows.duplicated(KEY).any()
+    assert not predictions.duplicated([*KEY, "row"]).any()
+    assert predictions.groupby("task").size().to_dict() == {"breast_cancer": 569, "wine": 178}
+    run(tmp_path, redo=True, folds="1", tasks="wine")
+    assert calls[3:] == [calls[3]] * 2
+    assert len(read(tmp_path)[1]) == 569 + 178
+
+
+def test_the_scores_are_those_of_the_predictions(
+    calls: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    run(tmp_path)
+    rows, predictions = read(tmp_path)
+    for (task, fold), part in predictions.groupby(["task", "fold"]):
+        p = part.filter(regex=r"^p\d").dropna(axis=1).to_numpy()
+        (row,) = rows[(rows["task"] == task) & (rows["fold"] == fold)].to_dict("records")
+        assert row["test_rows"] == len(part)
+        found = score(p, part["y"].to_numpy(), np.ones(p.shape[1]))
+        for name in ("accuracy", "macro_f1", "log_loss", "auroc"):
+            assert row[name] == pytest.approx(found[name])
+
+
+def test_what_fails_is_said_kept_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(fold: Fold) -> Outcome:
+        return Outcome({"guess": np.full((len(fold.test), fold.classes), np.nan)})
+
+    monkeypatch.setattr(quality, "METHODS", {"guess": broken, "TabM": outside.METHODS["TabM"]})
+    given: dict[str, Any] = {"tasks": "wine", "folds": "0", "methods": "guess,TabM"}
+    for _ in range(2):
+        run(tmp_path, **given)
+        printed = capsys.readouterr().out
+        assert "guess: NOT measured: ValueError: guess gave no probabilities" in printed
+        assert "TabM: NOT measured: it needs --rivals-python" in printed
+    rows = pd.read_parquet(tmp_path / "quality.parquet")
+    assert rows["error"].notna().tolist() == [True, True]
+    text = quality_table.render(rows)
+    assert "- TabM was not measured (repeat/fold 0/0): it needs --rivals-python" in text
+
+
+def test_cells_of_other_settings_and_unknown_names_are_refused(
+    calls: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    run(tmp_path, folds="0")
+    with pytest.raises(OptionError, match=r"other settings \(trials 2, here 9\)"):
+        run(tmp_path, trials=9)
+    with pytest.raises(OptionError, match="--tasks iris: iris is unknown; allowed"):
+        run(tmp_path, tasks="iris")
+    assert len(calls) == 2
+
+
+def rows_of(method: str, accuracy: list[float], log_loss: list[float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": "wine",
+            "repeat": 0,
+            "fold": i,
+            "cell": method,
+            "method": method,
+            "data_source": "file",
+            "outer_folds": 10,
+            "trials": 5,
+            "inner_folds": 3,
+            "threads": 2,
+            "seed": 0,
+            "train_rows": 90,
+            "test_rows": 10,
+            "seconds": 1.0,
+            **dict.fromkeys(("macro_accuracy", "macro_f1", "macro_precision", "auroc"), 0.5),
+            "accuracy": a,
+            "log_loss": loss,
+            "error": None,
+        }
+        for i, (a, loss) in enumerate(zip(accuracy, log_loss, strict=True))
+    ]
+
+
+def test_the_table_names_ties_and_compares_on_common_folds_with_the_corrected_interval() -> None:
+    rows = pd.DataFrame(
+        [
+            *rows_of("tuned", [0.90, 0.92, 0.88], [0.20, 0.21, 0.19]),
+            *rows_of("LightGBM tuned", [0.90, 0.91, 0.90], [0.40, 0.43, 0.40]),
+            *rows_of("XGBoost tuned", [0.90, 0.91], [0.50, 0.50]),
+        ]
+    )
+    text = quality_table.render(rows)
+    assert "Difference to LightGBM tuned, the tuned booster with the lowest log-loss" in text
+    lines = {line.split(" | ")[0]: line for line in text.partition("Difference")[2].splitlines()}
+    # By hand: mean -.21, sd .01, t(2) 4.3027, sqrt(1/3 + 1/9) = 2/3.
+    assert lines["| tuned"].startswith("| tuned | 3 | -0.003 [")
+    assert "tie |" in lines["| tuned"]
+    assert lines["| tuned"].endswith("| -0.210 [-0.239, -0.181] better |")
+    assert lines["| XGBoost tuned"].startswith("| XGBoost tuned | 2 |")
+
+
+@pytest.mark.ray
+def test_the_product_runs_whole_on_an_outer_fold(space_file: Path) -> None:
+    space_file.write_text(space_file.read_text().replace("pos_weight", "class_weight_power"))
+    fold = wine_fold(space=space_file)
+    out = rivals.tune_steel(fold)
+    assert {"tuned", "default"} <= set(out.probabilities)
+    assert 3 <= (out.epochs or 0) <= 4
+    options: Any = type("O", (), {"folds": 2, "task": None, "space": space_file})
+    problem = rivals.problem_of(fold, options)
+    assert problem.sealed.rows.tolist() == fold.test.tolist()
+    assert problem.development.rows.tolist() == fold.train.tolist()
+    for p in out.probabilities.values():
+        assert p.shape == (len(fold.test), 3)
+        assert p.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    # Columns and rows are in the task's order: even so little training beats the guess.
+    accuracy = (out.probabilities["boosting"].argmax(axis=1) == fold.task.y[fold.test]).mean()
+    assert accuracy > 0.8
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        rivals.METHODS["logistic regression"],
+        rivals.METHODS["extra trees"],
+        *(
+            pytest.param(
+                boosters.METHODS[f"{booster.title} tuned"],
+                marks=pytest.mark.skipif(
+                    importlib.util.find_spec(booster.package) is None,
+                    reason=f"{booster.package} is not installed",
+                ),
+            )
+            for booster in boosters.BOOSTERS
+        ),
+    ],
+)
+def test_a_rival_learns(method: rivals.Method) -> None:
+    fold = wine_fold()
+    (p,) = method(fold).probabilities.values()
+    assert (p.argmax(axis=1) == fold.task.y[fold.test]).mean() > 0.85
+
+
+def test_the_reference_has_a_loss_for_each_task() -> None:
+    import torch
+
+    scores, y = torch.tensor([[0.0], [0.0]]), torch.tensor([0, 1])
+    loss = rivals._reference_loss("binary", y, 2)
+    assert float(loss(scores, y)) == pytest.approx(1.5 * np.log(2))
+    six = rivals._reference_loss("multiclass", y, 6)
+    y = torch.tensor([0, 2])
+    scores = torch.zeros(2, 6)
+    scores[1, 2] = 1.0
+    each = [np.log(6), np.log(5 + np.e) - 1]
+    assert float(six(scores, y)) == pytest.approx((4 * each[0] + 2 * each[1]) / 6)
