@@ -58,7 +58,7 @@ def freeze(task: Task, *, seed: int, split: Sequence[float], folds: int) -> Spli
         DataError: A class has too few rows for the splits.
     """
     # Takes a second to import; workers, which get the splits, do not cut them.
-    from sklearn.model_selection import StratifiedKFold, train_test_split
+    from sklearn.model_selection import train_test_split
 
     check_split(split)
     _, val_share, test_share = split
@@ -98,6 +98,8 @@ def cut(
     Raises:
         DataError: A class has too few rows for the splits.
     """
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
     try:
         train, val = train_test_split(
             development,
