@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError, RayError, WorkerCrashedError
 
 from tune_steel.budget import Stop
 from tune_steel.errors import OptionError, SearchFailedError
@@ -177,6 +177,8 @@ def refit_trials(
             try:
                 # A copy, because what Ray shares is gone when its session ends.
                 out[i] = copy.deepcopy(ray.get(reference))
+            except WorkerCrashedError:
+                out[i] = "its worker died"
             except RayError as error:
                 out[i] = str(error).strip().splitlines()[-1]
     return out
@@ -184,9 +186,12 @@ def refit_trials(
 
 def _refit_trial(plan: Plan, development: Development, resources: Resources) -> Refit:
     prepare_process(resources.threads)
-    limit_memory(resources.memory)
     device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
-    *_, last = watched(refit(plan, development, device), resources.epoch_timeout)
+    limit_memory(resources.memory)
+    try:
+        *_, last = watched(refit(plan, development, device), resources.epoch_timeout)
+    finally:
+        limit_memory(None)  # Ray needs memory to tell what came of it
     assert last is not None
     return last
 
