@@ -186,6 +186,7 @@ def _product(
             seed=fold.seed,
             output=Path(folder),
             address=None,
+            threshold="none",
             dry_run=False,
         )
         path = Path(folder) / "run"
