@@ -204,7 +204,8 @@ def test_the_product_runs_whole_on_an_outer_fold(space_file: Path) -> None:
     out = rivals.tune_steel(fold)
     assert {"tuned", "default"} <= set(out.probabilities)
     assert 3 <= (out.epochs or 0) <= 4
-    options: Any = type("O", (), {"folds": 2, "task": None, "space": space_file})
+    chosen = {"folds": 2, "task": None, "space": space_file, "threshold": "none"}
+    options: Any = type("O", (), chosen)
     problem = rivals.problem_of(fold, options)
     assert problem.sealed.rows.tolist() == fold.test.tolist()
     assert problem.development.rows.tolist() == fold.train.tolist()
