@@ -80,8 +80,9 @@ class Mark:
 class _Trial:
     """As much of Tune's trial as schedulers look at."""
 
-    def __init__(self, trial_id: str, config: dict[str, Any], curve: Curve) -> None:
+    def __init__(self, trial_id: str, number: int, config: dict[str, Any], curve: Curve) -> None:
         self.trial_id = trial_id
+        self.number = number
         self.config = config
         self.curve = curve
 
@@ -171,29 +172,47 @@ class Search:
                 self._start(0.0)
             while self._events and not self.searcher.stop.now:
                 self._epoch()
-                if self.epochs in budgets:
+                if len(marks) < len(budgets) and self.epochs >= budgets[len(marks)]:
                     marks.append(self._mark(exhausted=False))
         return marks + [self._mark(exhausted=True)] * (len(budgets) - len(marks))
 
     def _start(self, now: float) -> None:
         """A free worker begins a trial, if there is one."""
+        trial = self._ask()
+        if trial is not None:
+            heapq.heappush(self._events, (now + trial.curve.seconds, trial.number, 1, trial))
+
+    def _ask(self) -> _Trial | None:
+        """The next trial, if there is one."""
         name = f"t{len(self._curves)}"
         given = self.searcher.suggest(name)
         if not isinstance(given, dict):  # finished, or waiting for a failure that never comes
-            return
+            return None
         record = self.searcher.records[-1]
         curve = self._curve_of(record.slot, record.params)
         self._curves.append(curve)
-        trial = _Trial(name, given, curve)
+        trial = _Trial(name, record.number, given, curve)
         self.scheduler.on_trial_add(self._controller, cast(Any, trial))
-        heapq.heappush(self._events, (now + curve.seconds, record.number, 1, trial))
+        return trial
 
     def _epoch(self) -> None:
-        """The next epoch that ends, in the order of calls of Tune's `_process_trial_result`."""
+        """The next epoch that ends."""
         now, number, epoch, trial = heapq.heappop(self._events)
+        if self._report(trial, epoch):
+            self._start(now)
+        else:
+            event = (now + trial.curve.seconds, number, epoch + 1, trial)
+            heapq.heappush(self._events, event)
+
+    def _report(self, trial: _Trial, epoch: int) -> bool:
+        """An epoch has ended, in the order of calls of Tune's `_process_trial_result`.
+
+        Returns:
+            Whether the trial has.
+        """
         result = trial.result(epoch)
         self.epochs += 1
-        action = self.scheduler.on_trial_result(self._controller, trial, result)
+        action = self.scheduler.on_trial_result(self._controller, cast(Any, trial), result)
         ended = action == TrialScheduler.STOP
         if not ended:
             self.searcher.on_trial_result(trial.trial_id, result)
@@ -201,10 +220,7 @@ class Search:
         if ended:
             self.scheduler.on_trial_complete(self._controller, cast(Any, trial), result)
             self.searcher.on_trial_complete(trial.trial_id, result)
-            self._start(now)
-        else:
-            event = (now + trial.curve.seconds, number, epoch + 1, trial)
-            heapq.heappush(self._events, event)
+        return ended
 
     def _mark(self, *, exhausted: bool) -> Mark:
         chosen = choose(self.searcher.records, cast(Options, self._options))
