@@ -3,8 +3,8 @@
 A leaf is a value, or one of `{ choices = [...] }`, `{ int = [low, high] }` and
 `{ float = [low, high] }` with a `default`, optionally `log = true`, and optionally
 `when = { key = [values] }`: then it is sampled only where every named key has one of the
-values. A key in `when` without a dot means a leaf of the same section. `search_spaces/` holds
-examples.
+values. A key in `when` without a dot means a leaf of the same section. `[[try]]` tables hold
+configs to try first. `search_spaces/` holds examples.
 """
 
 from __future__ import annotations
@@ -101,11 +101,15 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Space:
-    """A search space: fixed values and leaves, parents of conditions before their children."""
+    """A search space: fixed values, leaves (parents of conditions first), and what to try first.
+
+    `tries` are dotted keys and values, one mapping for each config; the rest takes the default.
+    """
 
     name: str
     fixed: Mapping[tuple[str, ...], Value]
     leaves: tuple[Leaf, ...]
+    tries: tuple[Mapping[str, Any], ...] = ()
 
     def sample(self, choose: Callable[[Leaf], Value]) -> Params:
         """Walks the active leaves, define-by-run, and asks `choose` for each one's value."""
@@ -184,7 +188,8 @@ class Space:
             if leaf.when:
                 entry["when"] = {key: list(allowed) for key, allowed in leaf.when.items()}
             ranges[leaf.key] = entry
-        return {**{".".join(path): value for path, value in self.fixed.items()}, **ranges}
+        tries = {"try": [dict(given) for given in self.tries]} if self.tries else {}
+        return {**{".".join(path): v for path, v in self.fixed.items()}, **ranges, **tries}
 
     @property
     def content_hash(self) -> str:
@@ -224,10 +229,13 @@ def parse_space(tree: Mapping[str, Any], name: str) -> Space:
     """
     fixed: dict[tuple[str, ...], Value] = {}
     leaves: list[Leaf] = []
-    _collect(tree, (), name, fixed, leaves)
+    tries = tree.get("try", [])
+    if not isinstance(tries, list) or not all(isinstance(given, dict) for given in tries):
+        raise SpaceError(f"{name}: try: allowed are tables [[try]] of dotted keys and values")
+    _collect({k: v for k, v in tree.items() if k != "try"}, (), name, fixed, leaves)
     for path in [*fixed, *(leaf.path for leaf in leaves)]:
         _check_known(path, name)
-    space = Space(name, fixed, _parents_first(leaves, fixed, name))
+    space = Space(name, fixed, _parents_first(leaves, fixed, name), tuple(tries))
     _check_samples(space)
     return space
 

@@ -59,6 +59,9 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
         OptionError: A config that is not in the space, or no earlier run.
     """
     out = Beginning([space.defaults()])
+    if options.search != "grid":  # which tries every config in its own order
+        for given in space.tries:
+            out.configs.append(_checked(f"{space.name}: try {json.dumps(given)}", given, space))
     out.configs += [_by_hand(text, space) for text in options.tries]
     for path in options.warm_start:
         if path.is_dir():
@@ -83,6 +86,10 @@ def _by_hand(text: str, space: Space) -> Params:
         raise OptionError(f"{where}: this is no JSON ({error}); allowed is {example}") from None
     if not isinstance(given, dict) or not given:
         raise OptionError(f"{where}: allowed is an object of parameters, like {example}")
+    return _checked(where, given, space)
+
+
+def _checked(where: str, given: Mapping[str, Any], space: Space) -> Params:
     leaves = {leaf.key: leaf for leaf in space.leaves}
     for key, value in given.items():
         if key not in leaves:
