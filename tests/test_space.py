@@ -7,9 +7,12 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searches import options_of
 
-from tune_steel.errors import SpaceError
+from tune_steel.errors import OptionError, SpaceError
+from tune_steel.problem import check_classes
 from tune_steel.space import load_space, parse_space, spaces_folder
+from tune_steel.warm_start import beginning
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -184,7 +187,7 @@ def test_class_weights_must_fit_the_task(
     name: str, classes: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(SpaceError, match=message):
-        load_space(spaces_folder() / name).check_classes(classes)
+        check_classes(load_space(spaces_folder() / name), classes)
 
 
 @settings(max_examples=60, deadline=None)
@@ -223,3 +226,34 @@ def test_any_valid_space_samples_valid_configs_within_its_ranges(
         assert depth[0] <= config.model.depth <= depth[1]
         assert len(config.model.widths) == config.model.depth
         assert lr[0] <= config.optimizer.lr <= lr[1]
+
+
+def test_a_space_names_configs_to_try_first() -> None:
+    tree = tomllib.loads(GOOD + '[[try]]\n"model.depth" = 2\n[[try]]\n"optimizer.lr" = 1\n')
+    space = parse_space(tree, name="my.toml")
+    assert space.tries == ({"model.depth": 2}, {"optimizer.lr": 1})
+    assert space.as_dict()["try"] == [{"model.depth": 2}, {"optimizer.lr": 1}]
+    assert space.content_hash != parse(GOOD).content_hash
+    with pytest.raises(SpaceError, match=r"my\.toml: try: allowed are tables"):
+        parse("try = 3\n" + GOOD)
+
+
+@pytest.mark.parametrize("name", ["binary.toml", "faults7.toml", "multiclass.toml"])
+def test_the_tries_of_a_shipped_space_are_configs_of_it_and_come_after_the_default(
+    name: str,
+) -> None:
+    space = load_space(spaces_folder() / name)
+    first = beginning(options_of(), space, {}).configs
+    assert first[0] == space.defaults()
+    assert [space.config(params).model.family for params in first] == ["mlp", "nca"]
+    assert all(first[1][key] == value for key, value in space.tries[0].items())
+    grid = beginning(options_of(search="grid"), space, {}).configs
+    assert grid == [space.defaults()]
+
+
+def test_a_try_that_is_not_in_its_space_is_one_clear_line() -> None:
+    space = parse(GOOD + '[[try]]\n"model.depth" = 9\n')
+    with pytest.raises(
+        OptionError, match=r'my\.toml: try \{"model.depth": 9\}: model.depth cannot'
+    ):
+        beginning(options_of(), space, {})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tune_steel import data, tasks
-from tune_steel.errors import OptionError
+from tune_steel.errors import OptionError, SpaceError
 from tune_steel.options import Options
 from tune_steel.space import Space, load_space, spaces_folder
 from tune_steel.splits import Development, SealedTest, Splits, freeze, prepare
@@ -77,6 +78,33 @@ def assemble(
         )
     default = options.task or ("binary" if len(task.classes) == 2 else "faults7")
     space = load_space(options.space or spaces_folder() / f"{default}.toml")
-    space.check_classes(task.classes)
+    check_classes(space, task.classes)
     development, sealed, notes = prepare(task, splits)
     return Problem(table, task, splits, shares, development, sealed, space, notes)
+
+
+def check_classes(space: Space, classes: Sequence[str]) -> None:
+    """Checks that the class weights in a space fit the classes of a task.
+
+    Raises:
+        SpaceError: Weights of another kind of task, or of other classes.
+    """
+    paths = [*space.fixed, *(leaf.path for leaf in space.leaves)]
+    weighted = [path[2] for path in paths if path[:2] == ("loss", "class_weights")]
+    if len(classes) == 2:
+        wrong = [path[1] for path in paths if path[0] == "loss" and "class_weight" in path[1]]
+        if wrong:
+            raise SpaceError(
+                f"{space.name}: loss.{wrong[0]} is for more than two classes; "
+                "a binary task has loss.pos_weight"
+            )
+    elif ("loss", "pos_weight") in paths:
+        raise SpaceError(
+            f"{space.name}: loss.pos_weight is for two classes, this task has {len(classes)}; "
+            "use loss.class_weight_power or loss.class_weights"
+        )
+    elif weighted and sorted(weighted) != sorted(classes):
+        raise SpaceError(
+            f"{space.name}: loss.class_weights names {', '.join(weighted)}; "
+            f"the task's classes are {', '.join(classes)}"
+        )

@@ -152,32 +152,6 @@ class Space:
         except ValidationError as error:
             raise SpaceError(f"{self.name}: {_first_line(error)}") from None
 
-    def check_classes(self, classes: Sequence[str]) -> None:
-        """Checks that the class weights in the space fit the classes of a task.
-
-        Raises:
-            SpaceError: Weights of another kind of task, or of other classes.
-        """
-        paths = [*self.fixed, *(leaf.path for leaf in self.leaves)]
-        weighted = [path[2] for path in paths if path[:2] == ("loss", "class_weights")]
-        if len(classes) == 2:
-            wrong = [path[1] for path in paths if path[0] == "loss" and "class_weight" in path[1]]
-            if wrong:
-                raise SpaceError(
-                    f"{self.name}: loss.{wrong[0]} is for more than two classes; "
-                    "a binary task has loss.pos_weight"
-                )
-        elif ("loss", "pos_weight") in paths:
-            raise SpaceError(
-                f"{self.name}: loss.pos_weight is for two classes, this task has {len(classes)}; "
-                "use loss.class_weight_power or loss.class_weights"
-            )
-        elif weighted and sorted(weighted) != sorted(classes):
-            raise SpaceError(
-                f"{self.name}: loss.class_weights names {', '.join(weighted)}; "
-                f"the task's classes are {', '.join(classes)}"
-            )
-
     def as_dict(self) -> dict[str, object]:
         """The resolved space as plain values, for `run.json`."""
         ranges: dict[str, object] = {}
