@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -235,6 +236,31 @@ def test_another_thread_may_write_without_blocks_meanwhile(path: Path) -> None:
     assert [t.value for t in study.trials] == list(range(50))
     assert contents(study) == contents(plain_study(path))
     assert sum("user_attr" in line for line in lines(path)) == count
+
+
+def test_the_waiting_trials_are_optunas(path: Path) -> None:
+    study = open_study(path, "run")
+    waiting = (TrialState.WAITING,)
+    for number in range(12):
+        if number % 3 != 2:
+            study.enqueue_trial({"x": number})
+        other = plain_study(path)
+        if number % 4 == 3:
+            other.enqueue_trial({"x": -number})
+        if number % 2:
+            (other if number % 5 else study).ask()
+        found = study.get_trials(deepcopy=bool(number % 2), states=waiting)
+        assert found == plain_study(path).get_trials(states=waiting)
+    assert len(found) > 2
+
+
+def test_a_pickled_study_is_the_study(path: Path, space: Space) -> None:
+    study = open_study(path, "run")
+    play(study, space, 2)
+    again = pickle.loads(pickle.dumps(study))
+    assert contents(again) == contents(study)
+    play(again, space, 1)
+    assert contents(again) == contents(study)
 
 
 def test_a_journal_that_was_read_in_part_is_read_on(path: Path) -> None:

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tune_steel.config import TrialConfig
 from tune_steel.errors import RunError, SpaceError
-from tune_steel.journal import Journal, together
+from tune_steel.journal import Storage, together
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.seeds import derive
 from tune_steel.space import Params, Space
@@ -134,7 +134,7 @@ def open_study(journal: Path, name: str) -> optuna.Study:
     """Opens or makes the study in a run's journal."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.create_study(
-        storage=optuna.storages.JournalStorage(Journal(journal)),
+        storage=Storage(journal),
         study_name=name,
         direction="minimize",
         load_if_exists=True,
@@ -153,7 +153,7 @@ def copy_of_study(journal: Path, name: str) -> optuna.Study:
         try:
             shutil.copyfile(journal, copied)
             heal_journal(copied)
-            storage = optuna.storages.JournalStorage(Journal(copied))
+            storage = Storage(copied)
             found = optuna.load_study(study_name=name, storage=storage)
         except (OSError, KeyError) as error:
             raise RunError(f"{journal}: it has no study of the run ({error})") from None
@@ -208,8 +208,12 @@ def _whole(trial: FrozenTrial, space: Space) -> bool:
 
 def next_slot(study: optuna.Study) -> int:
     """The slot of the next config that is sampled."""
-    slots = [t.user_attrs.get("slot", -1) for t in study.get_trials(deepcopy=False)]
-    return max(slots, default=-1) + 1
+    for trial in reversed(study.get_trials(deepcopy=False)):
+        attributes = trial.user_attrs
+        # Slots rise with the trials, but for those that try a config again.
+        if "slot" in attributes and "retry_of" not in attributes:
+            return int(attributes["slot"]) + 1
+    return 0
 
 
 def ask(
