@@ -65,7 +65,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-RUNS = ((2, 10_000), (8, 1000), (32, 1000), (64, 1000))
+RUNS = ((2, 10_000), (8, 500), (32, 500), (64, 500))
 """Trials at once, and of the whole search."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
