@@ -33,6 +33,7 @@ from tune_steel.study import (
     enqueue_again,
     read_records,
     reclaim,
+    report,
     tell,
 )
 
@@ -206,7 +207,7 @@ class StudySearcher(Searcher):
         record.epochs.append(row)
         record.seconds = float(result["time_total_s"])
         self._epochs += 1
-        self._guarded(lambda: trial.report(result[METRIC], epoch))
+        self._guarded(lambda: report(self._study, trial, epoch, result[METRIC]))
         self.stop.check_epochs(self._epochs)
 
     def _end(

@@ -13,17 +13,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_steel.config import TrialConfig
 from tune_steel.errors import RunError, SpaceError
+from tune_steel.journal import Storage, together
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.seeds import derive
 from tune_steel.space import Params, Space
@@ -134,7 +134,7 @@ def open_study(journal: Path, name: str) -> optuna.Study:
     """Opens or makes the study in a run's journal."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.create_study(
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal))),
+        storage=Storage(journal),
         study_name=name,
         direction="minimize",
         load_if_exists=True,
@@ -153,7 +153,7 @@ def copy_of_study(journal: Path, name: str) -> optuna.Study:
         try:
             shutil.copyfile(journal, copied)
             heal_journal(copied)
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(copied)))
+            storage = Storage(copied)
             found = optuna.load_study(study_name=name, storage=storage)
         except (OSError, KeyError) as error:
             raise RunError(f"{journal}: it has no study of the run ({error})") from None
@@ -179,6 +179,11 @@ def reclaim(study: optuna.Study, space: Space) -> int:
 
     A trial that died before all its parameters were sampled is sampled again.
     """
+    with together(study, durable=True):
+        return _reclaim(study, space)
+
+
+def _reclaim(study: optuna.Study, space: Space) -> int:
     for trial in study.get_trials(deepcopy=False):
         slot = trial.user_attrs.get("slot")
         running = trial.state == TrialState.RUNNING
@@ -203,8 +208,12 @@ def _whole(trial: FrozenTrial, space: Space) -> bool:
 
 def next_slot(study: optuna.Study) -> int:
     """The slot of the next config that is sampled."""
-    slots = [t.user_attrs.get("slot", -1) for t in study.get_trials(deepcopy=False)]
-    return max(slots, default=-1) + 1
+    for trial in reversed(study.get_trials(deepcopy=False)):
+        attributes = trial.user_attrs
+        # Slots rise with the trials, but for those that try a config again.
+        if "slot" in attributes and "retry_of" not in attributes:
+            return int(attributes["slot"]) + 1
+    return 0
 
 
 def ask(
@@ -214,7 +223,7 @@ def ask(
     seed: int,
     fixed: Mapping[int, Params] | None = None,
 ) -> tuple[optuna.Trial, TrialRecord]:
-    """Takes the next config of the queue, or samples one.
+    """Takes the next config of the queue, or samples one; a power cut may undo it.
 
     Args:
         study: The study.
@@ -226,6 +235,18 @@ def ask(
     Raises:
         SpaceError: What was sampled is no valid config.
     """
+    # The Gaussian process thinks for seconds, in a thread of its own: nobody should wait for it.
+    with nullcontext() if search == "gp" else together(study, durable=False):
+        return _ask(study, space, search, seed, fixed)
+
+
+def _ask(
+    study: optuna.Study,
+    space: Space,
+    search: SearchName,
+    seed: int,
+    fixed: Mapping[int, Params] | None,
+) -> tuple[optuna.Trial, TrialRecord]:
     queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     if not queue and fixed is not None:
         upcoming = next_slot(study)
@@ -248,8 +269,14 @@ def ask(
     return trial, TrialRecord(trial.number, slot, trial_seed, params, config, retry_of)
 
 
+def report(study: optuna.Study, trial: optuna.Trial, epoch: int, loss: float) -> None:
+    """Stores the lowest loss so far; a power cut may undo it, but `tell` says it again."""
+    with together(study, durable=False):
+        trial.report(loss, epoch)
+
+
 def tell(study: optuna.Study, trial: optuna.Trial, record: TrialRecord) -> None:
-    """Stores all that a trial gave, then tells how it ended."""
+    """Stores all that a trial gave and how it ended."""
     best = record.best
     config = record.config.as_dict()
     attributes = {
@@ -264,13 +291,15 @@ def tell(study: optuna.Study, trial: optuna.Trial, record: TrialRecord) -> None:
         "ended": record.ended,
         "curve": _columns(record.epochs),
     }
-    for name, value in attributes.items():
-        trial.set_user_attr(name, value)
-    if record.state == "COMPLETE":
-        assert best is not None
-        study.tell(trial, best[METRIC])
-    else:
-        study.tell(trial, state=TrialState.PRUNED if record.state == "PRUNED" else TrialState.FAIL)
+    with together(study, durable=True):
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        if record.state == "COMPLETE":
+            assert best is not None
+            study.tell(trial, best[METRIC])
+        else:
+            pruned = record.state == "PRUNED"
+            study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

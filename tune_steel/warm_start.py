@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, create_trial
 
 from tune_steel.errors import OptionError
+from tune_steel.journal import together
 from tune_steel.options import Options
 from tune_steel.run_folder import differences, read_record
 from tune_steel.space import Leaf, Params, Space, Value
@@ -42,9 +43,10 @@ class Beginning:
 
     def put(self, study: optuna.Study) -> None:
         """Puts it into an empty study."""
-        for slot, params in enumerate(self.configs):
-            enqueue(study, params, slot)
-        study.add_trials(self.trials)
+        with together(study, durable=True):
+            for slot, params in enumerate(self.configs):
+                enqueue(study, params, slot)
+            study.add_trials(self.trials)
 
 
 def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Beginning:
