@@ -33,6 +33,7 @@ from tune_steel.budget import Budget
 from tune_steel.data import load_steel
 from tune_steel.job import begin
 from tune_steel.options import Resources, default_grace_period
+from tune_steel.ray_session import RaySession
 from tune_steel.samplers import SearchName
 from tune_steel.scheduler import make_scheduler
 from tune_steel.scores import SCORES
@@ -146,14 +147,14 @@ def measure(
         budget = Budget(trials)
         given: dict[str, Any] = {"search": search, "seed": 0, "budget": budget}
         searcher = Watched(space, study, journal, max_epochs=epochs, **given)
-        with tune_steel.ray_tune.ray_session(None, resources) as workers:
+        with RaySession(None, resources) as session:
             tune_steel.ray_tune.run_trials(
                 searcher,
                 make_scheduler("asha", epochs, default_grace_period(epochs), 3),
                 development,
                 max_epochs=epochs,
                 resources=resources,
-                concurrency=workers,
+                concurrency=session.concurrency(),
             )
     rows = []
     for before, after in zip(searcher.marks, searcher.marks[1:], strict=False):
