@@ -44,6 +44,7 @@ import tune_steel.ray_tune
 from tune_steel.budget import Budget
 from tune_steel.job import begin
 from tune_steel.options import Resources, default_grace_period
+from tune_steel.ray_session import RaySession
 from tune_steel.samplers import SearchName
 from tune_steel.scheduler import make_scheduler
 from tune_steel.scores import SCORES
@@ -163,14 +164,14 @@ def measure(
         budget = Budget(trials)
         given: dict[str, Any] = {"search": search, "seed": 0, "budget": budget}
         searcher = Watched(space, study, journal, max_epochs=epochs, **given)
-        with tune_steel.ray_tune.ray_session(None, resources) as workers:
+        with RaySession(None, resources) as session:
             tune_steel.ray_tune.run_trials(
                 searcher,
                 make_scheduler("asha", epochs, default_grace_period(epochs), 3),
                 None,  # type: ignore[arg-type]  # rows would bring their libraries to the workers
                 max_epochs=epochs,
                 resources=resources,
-                concurrency=workers,
+                concurrency=session.concurrency(),
             )
     kind = {"search": search, "concurrency": concurrency, "epochs": epochs, "total": trials}
     return [

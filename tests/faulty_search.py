@@ -26,7 +26,7 @@ MARKS = os.environ["MARKS"]
 def faulty(trial: dict[str, Any], **given: Any) -> None:
     import numpy as np
 
-    import tune_steel.trainable as room
+    import tune_steel.fit as room
     from tune_steel.fit import Fit
 
     name = FAULTS.get(str(trial["slot"]), "")

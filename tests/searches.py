@@ -42,6 +42,7 @@ def options_of(**changed: Any) -> Options:
         "seed": 0,
         "output": Path("results"),
         "dry_run": False,
+        "profile": False,
     }
     return Options(**{**given, **changed})
 

@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     space = folder / "small.toml"
     space.write_text(SMALL_SPACE)
     given = ("--task", "binary", "--source", "stand-in", "--space", space)
-    code, out, err = finish(start(folder, *given, *SMALL))
+    code, out, err = finish(start(folder, *given, *SMALL, "--profile"))
     assert code == 0, err
     return only_run(folder), out, err
 
@@ -143,6 +143,20 @@ def test_run_json_holds_what_it_takes_to_repeat_the_run(finished: tuple[Path, st
     assert record["versions"]["torch"]
     assert record["machine"]["cpus"] >= 1
     assert record["data"]["content_hash"]
+
+
+def test_the_parts_of_a_run_s_time_add_up_to_its_slots(finished: tuple[Path, str, str]) -> None:
+    run, out, _ = finished
+    profile = json.loads((run / "run.json").read_text())["profile"]
+    assert all(s >= 0 for part in ("wall", "slots", "driver") for s in profile[part].values())
+    assert sum(profile["slots"].values()) == pytest.approx(profile["slot_seconds"])
+    epochs = read(run, "epochs")
+    fit = profile["slots"]["training"] + profile["slots"]["scoring"]
+    assert fit == pytest.approx(epochs["seconds"].sum())
+    assert 0 < profile["slots"]["scoring"] < profile["slots"]["training"]
+    assert min(profile["wall"].values()) > 0
+    assert min(profile["driver"].values()) > 0
+    assert "Where the time went" in out
 
 
 def test_the_test_rows_are_the_frozen_ones_and_no_other_row_was_tested(

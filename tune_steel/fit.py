@@ -49,6 +49,7 @@ class EpochRecord:
         best_epoch: The epoch it came from.
         learning_rate: Used in this epoch.
         seconds: Wall time of training and scoring.
+        scoring_seconds: That of scoring alone.
         converged: Early stopping, or the end of a cosine, ends the run after this epoch.
     """
 
@@ -60,6 +61,7 @@ class EpochRecord:
     best_epoch: int
     learning_rate: float
     seconds: float
+    scoring_seconds: float
     converged: bool
 
 
@@ -175,7 +177,9 @@ class Fit:
                 turn = math.pi * (epoch - 1) / schedule.cosine_epochs
                 learning_rate = self._config.optimizer.lr * (1 + math.cos(turn)) / 2
             train_loss = self.train_epoch(learning_rate)
+            trained = time.perf_counter()
             scores = self.score()
+            scoring_seconds = time.perf_counter() - trained
             val_loss = float(scores["loss"].mean())
             for name, values in (("training", train_loss), ("validation", scores["loss"])):
                 if not np.isfinite(values).all():
@@ -194,6 +198,7 @@ class Fit:
                 best_epoch=best_epoch,
                 learning_rate=learning_rate,
                 seconds=time.perf_counter() - started,
+                scoring_seconds=scoring_seconds,
                 converged=(
                     converged := stopping.step(val_loss) or epoch == schedule.cosine_epochs
                 ),

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from tune_steel.choice import candidates, choose, members
-from tune_steel.ensemble import MEMBERS
 from tune_steel.errors import NonFiniteLossError, RunError, SearchFailedError
-from tune_steel.evaluate import evaluate
-from tune_steel.fit import prepare_process
-from tune_steel.insight import insight_lines, study_insight
 from tune_steel.options import Options
 from tune_steel.problem import Problem, resolve
-from tune_steel.ray_tune import ray_session, refit_trials, run_trials
-from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, Refit, seconds_again
+from tune_steel.profile import breakdown, process_age, profile_table
+from tune_steel.ray_session import RaySession
 from tune_steel.run_folder import RunFolder, make_folder, read_record
-from tune_steel.samplers import grid
-from tune_steel.scheduler import make_scheduler, rungs
-from tune_steel.searcher import StudySearcher
-from tune_steel.splits import Development, split_hash
-from tune_steel.study import SCORED, TrialRecord, ask, heal_journal, open_study, run_lock
-from tune_steel.summary import evaluation_summary, render, search_summary
+from tune_steel.splits import Development
+from tune_steel.study import SCORED, TrialRecord, heal_journal, open_study, run_lock
 from tune_steel.terminal import say, show
 from tune_steel.warm_start import Beginning, beginning
 
+if TYPE_CHECKING:
+    from tune_steel.refit import Plan, Refit
+    from tune_steel.searcher import StudySearcher
+
+# The driver imports Ray Tune while Ray starts, and torch when the workers have done their part.
+
 _EXIT_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
-_FIRST_CONFIGS = 5
 
 
 def run_search(options: Options) -> int:
@@ -48,7 +42,9 @@ def run_search(options: Options) -> int:
     for note in problem.notes:
         say(note)
     if options.dry_run:
-        _dry_run(options, problem)
+        from tune_steel.dry_run import dry_run
+
+        dry_run(options, problem)
         return 0
     return run_problem(options, problem, make_folder(options.output, problem.task.name))
 
@@ -109,40 +105,47 @@ def _run(
 ) -> int:
     """Searches while there is something to search, then evaluates."""
     study = _open(options, problem, folder, before)
-    searcher = StudySearcher(
-        problem.space,
-        study,
-        search=options.search,
-        seed=options.seed,
-        max_epochs=options.max_epochs,
-        budget=options.budget,
-        max_failures=options.max_failures,
-    )
-    if before is not None:
-        say(
-            f"resuming {folder.path}: {searcher.ended} of {searcher.samples} trials have ended, "
-            f"{searcher.queued} are tried again"
+    with RaySession(options.address, options.resources) as session:
+        if before is None:  # who resumes may have nothing left to run
+            session.start()
+        from tune_steel.searcher import StudySearcher
+
+        searcher = StudySearcher(
+            problem.space,
+            study,
+            search=options.search,
+            seed=options.seed,
+            max_epochs=options.max_epochs,
+            budget=options.budget,
+            max_failures=options.max_failures,
         )
-    if searcher.ended >= searcher.samples and before and before["state"] == "finished":
-        say("all of them are scored: nothing to do; more --samples would go on")
-        return 0
-    try:
-        with ray_session(options.address, options.resources) as concurrency:
+        if before is not None:
+            say(
+                f"resuming {folder.path}: {searcher.ended} of {searcher.samples} trials have "
+                f"ended, {searcher.queued} are tried again"
+            )
+        if searcher.ended >= searcher.samples and before and before["state"] == "finished":
+            say("all of them are scored: nothing to do; more --samples would go on")
+            return 0
+        try:
+            concurrency = session.concurrency()
             if searcher.ended < searcher.samples:
                 _announce(options, problem, folder, searcher)
                 folder.write_record(concurrency=concurrency)
                 # Of the problem, the search gets what it may see.
                 _search(options, searcher, problem.development, folder, concurrency)
-            folder.write_trials(searcher.records)
-            refits = _refit(options, searcher.records, problem.development, folder, concurrency)
-        return _finish(options, problem, folder, searcher, refits)
-    except BaseException as error:
-        if (folder.path / "run.json").exists():
-            state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
-            _record_end(folder, state, f"{type(error).__name__}: {error}")
-        if isinstance(error, KeyboardInterrupt):
-            say(f"go on with --resume {folder.path}")
-        raise
+            with searcher.times.measure("tables"):
+                folder.write_trials(searcher.records)
+            refits = _refit(options, searcher, problem.development, folder, concurrency)
+            session.end()
+            return _finish(options, problem, folder, searcher, refits)
+        except BaseException as error:
+            if (folder.path / "run.json").exists():
+                state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
+                _record_end(folder, state, f"{type(error).__name__}: {error}")
+            if isinstance(error, KeyboardInterrupt):
+                say(f"go on with --resume {folder.path}")
+            raise
 
 
 def _record_end(folder: RunFolder, state: str, error: str) -> None:
@@ -186,36 +189,41 @@ def _search(
     concurrency: int,
 ) -> None:
     """Runs the trials and writes their tables, also when it is cut short."""
+    from tune_steel.ray_tune import run_trials
+    from tune_steel.scheduler import make_scheduler
+
     scheduler = make_scheduler(
         options.scheduler, options.max_epochs, options.grace_period, options.reduction_factor
     )
     scheduler.refill(r for r in searcher.records if r.state in SCORED)
     # At one trial at once nobody waits for the sampler.
     searcher.background = options.search == "gp" and concurrency > 1
-    started = time.monotonic()
+    times = searcher.times
+    times.start, times.slots = process_age(), concurrency
     try:
-        run_trials(
-            searcher,
-            scheduler,
-            development,
-            max_epochs=options.max_epochs,
-            resources=options.resources,
-            concurrency=concurrency,
-        )
+        with times.measure("search"):
+            run_trials(
+                searcher,
+                scheduler,
+                development,
+                max_epochs=options.max_epochs,
+                resources=options.resources,
+                concurrency=concurrency,
+            )
     except SearchFailedError as error:
         raise SearchFailedError(f"{error}; go on with --resume {folder.path}") from error
     finally:
         if not searcher.unwritable:
-            folder.write_trials(searcher.records)
+            with times.measure("tables"):
+                folder.write_trials(searcher.records)
     stop = searcher.stop
     if stop.failed:
         raise SearchFailedError(
             f"the search ended because {stop.reason}; go on with --resume {folder.path}"
         )
-    seconds = folder.record.get("search_seconds", 0.0) + time.monotonic() - started
     folder.write_record(
         state="searched",
-        search_seconds=seconds,
+        search_seconds=folder.record.get("search_seconds", 0.0) + times.search,
         ended_by=stop.reason or "all samples have ended",
     )
     if stop.reason:
@@ -227,15 +235,22 @@ def _search(
 
 def _refit(
     options: Options,
-    records: list[TrialRecord],
+    searcher: StudySearcher,
     development: Development,
     folder: RunFolder,
     concurrency: int,
 ) -> list[tuple[Plan, Refit | str]]:
     """Trains the members of the ensemble again; none where no trial has a score."""
+    from tune_steel.choice import candidates, members
+
+    records = searcher.records
     ranked = candidates(records, options)
     if not ranked:
         return []
+    from tune_steel.ensemble import MEMBERS
+    from tune_steel.ray_tune import refit_trials
+    from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, seconds_again
+
     plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
     rivals = [Plan.of(ranked[0])]
     default = _default(records)
@@ -248,18 +263,17 @@ def _refit(
         f"{SEEDS}, and boosting; then one look at the test rows; about {seconds:.0f} s and the "
         "boosting"
     )
-    started = time.monotonic()
     try:
-        refits = refit_trials(
-            plans,
-            development,
-            resources=options.resources,
-            max_failures=options.max_failures,
-            concurrency=concurrency,
-        )
+        with searcher.times.measure("retraining"):
+            refits = refit_trials(
+                plans,
+                development,
+                resources=options.resources,
+                max_failures=options.max_failures,
+                concurrency=concurrency,
+            )
     except SearchFailedError as error:
         raise SearchFailedError(f"{error}; go on with --resume {folder.path}") from error
-    folder.record["refit_seconds"] = time.monotonic() - started
     return list(zip(plans, refits, strict=True))
 
 
@@ -276,37 +290,46 @@ def _finish(
     refits: list[tuple[Plan, Refit | str]],
 ) -> int:
     """Evaluates what was refitted, writes everything, then prints it; returns the exit code."""
-    records, signal = searcher.records, searcher.stop.signal
+    from tune_steel.choice import choose
+
+    records, signal, times = searcher.records, searcher.stop.signal, searcher.times
     best = choose(records, options)
     if best is None:
         return _nothing_to_score(folder, searcher)
-    started = time.monotonic()
+    from tune_steel.evaluate import evaluate
+    from tune_steel.fit import prepare_process
+    from tune_steel.insight import insight_lines, study_insight
+    from tune_steel.summary import evaluation_summary, render, search_summary
+
     # As many threads as a trial had: their number changes the last bits.
     prepare_process(options.resources.threads)
     # Counted before it is done: a run that is killed here may have seen them.
     looks, gpus = folder.record.get("looks_at_test", 0) + 1, options.resources.gpus_per_trial
     folder.write_record(looks_at_test=looks)
     try:
-        evaluation = evaluate(
-            refits,
-            best,
-            _default(records),
-            problem.development,
-            problem.sealed,
-            seed=options.seed,
-            data_source=problem.table.source,
-            device="cuda" if gpus > 0 and options.address is None else "cpu",
-            rule=options.threshold,
-        )
+        with times.measure("test"):
+            evaluation = evaluate(
+                refits,
+                best,
+                _default(records),
+                problem.development,
+                problem.sealed,
+                seed=options.seed,
+                data_source=problem.table.source,
+                device="cuda" if gpus > 0 and options.address is None else "cpu",
+                rule=options.threshold,
+            )
     except NonFiniteLossError as error:
         raise SearchFailedError(str(error)) from error
-    folder.write_evaluation(evaluation)
-    seconds = folder.record["refit_seconds"] + time.monotonic() - started
+    with times.measure("tables"):
+        folder.write_evaluation(evaluation)
+    profile = breakdown(times)
     insight = study_insight(records, best, problem.space, options.max_epochs)
     folder.write_record(
         best_trial=best.number,
         insight=insight.as_dict(),
-        evaluate_seconds=seconds,
+        evaluate_seconds=times.retraining + times.test,
+        profile=profile,
         state="finished" if signal is None else "cut short",
     )
     report = (
@@ -317,8 +340,10 @@ def _finish(
     )
     folder.write_report(render(*report, terminal=False))
     show(render(*report, terminal=sys.stdout.isatty()))
+    if options.profile:
+        show(render(profile_table(profile), terminal=sys.stdout.isatty()))
     show(f"\nresults: {folder.path}\n")
-    _warn_of_stand_in(problem)
+    warn_of_stand_in(problem)
     if signal is not None:
         say(f"cut short: go on with --resume {folder.path}")
     return _EXIT_SIGNAL[signal] if signal else 0
@@ -363,46 +388,10 @@ def _announce(
     )
     if options.budget.seconds is not None:
         say("the time budget is the search's; retraining and scoring come after it")
-    _warn_of_stand_in(problem)
+    warn_of_stand_in(problem)
 
 
-def _warn_of_stand_in(problem: Problem) -> None:
+def warn_of_stand_in(problem: Problem) -> None:
+    """Says so where the rows are made up."""
     if problem.table.source == "stand-in":
         say("STAND-IN data: these scores say nothing about real steel plates")
-
-
-def _dry_run(options: Options, problem: Problem) -> None:
-    """Prints the resolved space, the splits and the first configs; trains nothing."""
-    splits, task, space = problem.splits, problem.task, problem.space
-    stops = rungs(options.max_epochs, options.grace_period, options.reduction_factor)
-    folds = ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study()
-    first = beginning(options, space, RunFolder(options.output, options, problem).record)
-    for note in first.notes:
-        say(note)
-    begin(study, first)
-    fixed = dict(enumerate(grid(space, options.seed))) if options.search == "grid" else None
-    configs = [
-        ask(study, space, options.search, options.seed, fixed)[1]
-        for _ in range(min(_FIRST_CONFIGS, options.budget.samples, len(fixed or range(99))))
-    ]
-    lines = [
-        f"data: {problem.table.source}, {len(problem.table.frame)} rows",
-        f"task: {task.name}; classes: {', '.join(task.classes)}",
-        f"splits: train {len(splits.train)}, val {len(splits.val)}, test {len(splits.test)} "
-        f"(test hash {split_hash(task.rows[splits.test])[:12]}); folds: {folds}",
-        {
-            "asha": f"ASHA may stop trials after epochs {', '.join(map(str, stops))} of "
-            f"{options.max_epochs}",
-            "median": f"the median rule may stop trials from epoch {options.grace_period} of "
-            f"{options.max_epochs}",
-            "none": f"no trial is stopped before epoch {options.max_epochs}",
-        }[options.scheduler],
-        f"space {space.name}:",
-        *(f"  {key} = {json.dumps(v)}" for key, v in sorted(space.as_dict().items())),
-        "first configs:",
-        *(f"  {record.slot}: {json.dumps(record.params)}" for record in configs),
-    ]
-    show("\n".join(lines) + "\n")
-    _warn_of_stand_in(problem)

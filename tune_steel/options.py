@@ -20,7 +20,7 @@ _MOST_FOLDS = 20
 _LEAST_SHARE = 0.01
 _LEAST_MEMORY = 50_000_000
 _UNITS = {"h": 3600, "m": 60, "s": 1}
-_CHANGED_AT_WILL = frozenset(["max_failures", "address", "data", "space", "source"])
+_CHANGED_AT_WILL = frozenset(["max_failures", "address", "data", "space", "source", "profile"])
 """What a resumed run may be given anew; of data and space, only the place may be another."""
 
 
@@ -117,6 +117,7 @@ class Options:
     output: Path
     address: str | None
     dry_run: bool
+    profile: bool
 
     def check(self) -> None:
         """Raises OptionError at the first impossible value."""

@@ -1,4 +1,4 @@
-"""Ray: start a private one or join a cluster, and run the trials of a study through Tune."""
+"""The trials of a study through Ray Tune, and what is trained again beside it."""
 
 from __future__ import annotations
 
@@ -6,87 +6,29 @@ import tune_steel.ray_environment  # noqa: F401
 
 import copy
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray import tune
-from ray.exceptions import AuthenticationError, RayError, WorkerCrashedError
+from ray.exceptions import RayError, WorkerCrashedError
 
 from tune_steel.budget import Stop
-from tune_steel.errors import OptionError, SearchFailedError
-from tune_steel.fit import prepare_process
+from tune_steel.errors import SearchFailedError
 from tune_steel.limits import limit_memory, watched
 from tune_steel.options import Resources
 from tune_steel.progress import ProgressLine
-from tune_steel.refit import Plan, Refit, refit
 from tune_steel.scheduler import KeepsReference
 from tune_steel.searcher import ErrorKeeper, StopWhenTold, StudySearcher
 from tune_steel.splits import Development
 from tune_steel.terminal import say
 from tune_steel.trainable import train_trial
 
-
-@contextmanager
-def ray_session(address: str | None, resources: Resources) -> Iterator[int]:
-    """Starts a private Ray, or joins the cluster at an address; yields the concurrency.
-
-    Raises:
-        OptionError: The cluster cannot be joined, or no trial fits on this machine.
-    """
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
-    if address is None:
-        # Without "local", Ray would join whatever cluster it finds.
-        ray.init(address="local", include_dashboard=False, **quiet)
-    else:
-        try:
-            _knock(address)
-            ray.init(address=address, **quiet)
-        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise OptionError(
-                f"--address {address}: no Ray cluster can be joined there ({reason}); start one "
-                "with `ray up cluster.yaml` or `ray start --head`, or leave --address out"
-            ) from None
-    try:
-        yield _concurrency(address, resources)
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Fails at once where nobody listens; `ray.init` would try for minutes."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError("allowed are host:port of the head, and auto on a node of the cluster")
-    with socket.create_connection((host, int(port)), timeout=10):
-        pass
-
-
-def _concurrency(address: str | None, resources: Resources) -> int:
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    if address is None:  # a cluster may grow, a machine does not
-        if resources.cpus_per_trial > cpus:
-            raise OptionError(
-                f"--cpus-per-trial {resources.cpus_per_trial:g}: this machine has {cpus:g}"
-            )
-        if resources.gpus_per_trial > gpus:
-            raise OptionError(
-                f"--gpus-per-trial {resources.gpus_per_trial:g}: this machine has {gpus:g}"
-            )
-    if resources.concurrency is not None:
-        return resources.concurrency
-    slots = cpus / resources.cpus_per_trial
-    if resources.gpus_per_trial > 0:
-        slots = min(slots, gpus / resources.gpus_per_trial)
-    return max(1, int(slots))
+if TYPE_CHECKING:
+    from tune_steel.refit import Plan, Refit
 
 
 def run_trials(
@@ -185,6 +127,9 @@ def refit_trials(
 
 
 def _refit_trial(plan: Plan, development: Development, resources: Resources) -> Refit:
+    from tune_steel.fit import prepare_process
+    from tune_steel.refit import refit
+
     prepare_process(resources.threads)
     device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
     limit_memory(resources.memory)

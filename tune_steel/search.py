@@ -136,6 +136,9 @@ def search(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print space, splits and first configs; run nothing.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print at the end where the time went.")
+    ] = False,
 ) -> int:
     """Search the best networks for a table, make an ensemble, score it once on unseen rows."""
     from tune_steel.budget import Budget
@@ -183,6 +186,7 @@ def search(
         "output": output,
         "address": address,
         "dry_run": dry_run,
+        "profile": profile,
     }
     if resume is not None:
         given = {

@@ -23,6 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from tune_steel.budget import Budget, Stop
+from tune_steel.profile import Times
 from tune_steel.samplers import SearchName, grid
 from tune_steel.space import Space
 from tune_steel.study import (
@@ -57,6 +58,7 @@ class StudySearcher(Searcher):
         background: Samples in a thread, so that a slow sampler does not keep the reports of
             other trials waiting.
         unwritable: Whether the journal could not be written.
+        times: Where the time went.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class StudySearcher(Searcher):
         self._grid = dict(enumerate(grid(space, seed))) if search == "grid" else None
         self.samples = min(budget.samples, len(self._grid or range(budget.samples)))
         self.stop = Stop(budget)
+        self.times = Times()
         self.queued = reclaim(study, space)
         self.records = read_records(study, space, seed)
         self._order = sorted(
@@ -186,7 +189,8 @@ class StudySearcher(Searcher):
 
     def _ask(self) -> tuple[optuna.Trial, TrialRecord] | None:
         def now() -> tuple[optuna.Trial, TrialRecord]:
-            return ask(self._study, self._space, self._search, self._seed, self._grid)
+            with self.times.measure("sampling"):
+                return ask(self._study, self._space, self._search, self._seed, self._grid)
 
         if not self.background:
             return now()
@@ -207,7 +211,9 @@ class StudySearcher(Searcher):
         record.epochs.append(row)
         record.seconds = float(result["time_total_s"])
         self._epochs += 1
-        self._guarded(lambda: report(self._study, trial, epoch, result[METRIC]))
+        self.times.add_epoch(result)
+        with self.times.measure("reporting"):
+            self._guarded(lambda: report(self._study, trial, epoch, result[METRIC]))
         self.stop.check_epochs(self._epochs)
 
     def _end(
@@ -216,7 +222,8 @@ class StudySearcher(Searcher):
         record.state, record.error, record.ended = state, reason, time.time()
         self._running -= 1
         self.ended += state in ENDED
-        self._guarded(lambda: tell(self._study, trial, record))
+        with self.times.measure("reporting"):
+            self._guarded(lambda: tell(self._study, trial, record))
         if state != "INTERRUPTED":
             self._order.append(record)
             self.stop.check_trials(self._order, self._earlier)

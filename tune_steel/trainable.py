@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
 from tune_steel.config import TrialConfig
-from tune_steel.fit import EpochRecord, Fit, prepare_process
 from tune_steel.limits import limit_memory, watched
 from tune_steel.seeds import derive
 from tune_steel.splits import Development
+
+if TYPE_CHECKING:
+    from tune_steel.fit import EpochRecord
 
 
 def replica_seeds(trial_seed: int, replicas: int) -> list[int]:
@@ -33,6 +36,7 @@ def report_row(record: EpochRecord) -> dict[str, Any]:
         "best_epoch": record.best_epoch,
         "learning_rate": record.learning_rate,
         "seconds": record.seconds,
+        "scoring_seconds": record.scoring_seconds,
         "converged": record.converged,
     }
 
@@ -57,6 +61,9 @@ def train_trial(
         memory: Bytes that the trial may allocate, if there is a limit.
         epoch_timeout: Seconds that an epoch may take before the worker is given up.
     """
+    resumed, waited = time.perf_counter(), 0.0
+    from tune_steel.fit import Fit, prepare_process  # torch is the worker's, not the driver's
+
     prepare_process(threads)
     limit_memory(memory)
 
@@ -72,4 +79,11 @@ def train_trial(
 
     node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     for record in watched(epochs(), epoch_timeout):
-        tune.report({**report_row(record), "node": node})
+        row = report_row(record)
+        reported = time.perf_counter()
+        preparing = reported - resumed - record.seconds
+        tune.report(
+            {**row, "node": node, "preparing_seconds": preparing, "waiting_seconds": waited}
+        )
+        resumed = time.perf_counter()
+        waited = resumed - reported
