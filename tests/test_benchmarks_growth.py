@@ -1,5 +1,4 @@
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ from benchmarks import growth
 from tune_steel.searcher import StudySearcher
 
 
-@contextmanager
-def no_session(*_: Any) -> Iterator[int]:
-    yield 2
+class NoSession(nullcontext["NoSession"]):
+    def __init__(self, *_: Any) -> None:
+        super().__init__(self)
+
+    def concurrency(self) -> int:
+        return 2
 
 
 def run_here(searcher: StudySearcher, *_: Any, max_epochs: int, **__: Any) -> None:
@@ -36,7 +38,7 @@ def test_every_stretch_of_every_run_is_published_and_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(growth, "RUNS", ((2, 20), (8, 10)))
-    monkeypatch.setattr(tune_steel.ray_tune, "ray_session", no_session)
+    monkeypatch.setattr(growth, "RaySession", NoSession)
     monkeypatch.setattr(tune_steel.ray_tune, "run_trials", run_here)
     monkeypatch.setattr(tune_steel.ray_tune, "train_trial", None)
     table, page = tmp_path / "growth.parquet", tmp_path / "growth.md"

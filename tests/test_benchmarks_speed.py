@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss
 from benchmarks import process, quality_in_time, speed
 from benchmarks.peers import plain_optuna, ray_tune, training
 from tune_steel.config import TrialConfig
-from tune_steel.fit import TrainingLoss
+from tune_steel.loss import TrainingLoss
 from tune_steel.metrics import Scorer
 from tune_steel.space import load_space
 

@@ -165,7 +165,7 @@ def test_a_dry_run_prints_the_space_the_splits_and_the_first_configs_and_runs_no
     assert done.returncode == 0, done.stderr
     assert "splits: train 1747, val 97, test 97" in done.stdout
     assert "ASHA may stop trials after epochs 6, 18 of 50" in done.stdout
-    assert 'model.depth = {"int": [1, 4], "default": 3}' in done.stdout
+    assert 'model.dropout = {"float": [0.0, 0.6], "default": 0.35}' in done.stdout
     first = json.loads(done.stdout.split("  0: ")[1].splitlines()[0])
     assert first["optimizer.lr"] == 0.001
     assert "  4: {" in done.stdout

@@ -17,7 +17,7 @@ from tune_steel.ensemble import (
     select,
     temper,
 )
-from tune_steel.fit import TrainingLoss, class_weights
+from tune_steel.loss import TrainingLoss, class_weights
 from tune_steel.scores import decide, score
 from tune_steel.splits import Development
 

@@ -19,8 +19,9 @@ from tune_steel.config import TrialConfig
 from tune_steel.data import Table
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features
-from tune_steel.fit import EarlyStopping, Fit, TrainingLoss, prepare_process
+from tune_steel.fit import EarlyStopping, Fit, prepare_process
 from tune_steel.fused import Adam, Backprop, DropoutMasks
+from tune_steel.loss import TrainingLoss
 from tune_steel.scores import score_names
 from tune_steel.seeds import derive
 from tune_steel.splits import freeze, prepare

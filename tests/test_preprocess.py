@@ -13,7 +13,8 @@ from tune_steel.data import Table
 from tune_steel.ensemble import Combination
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Schema, learn_schema
-from tune_steel.fit import Fit, class_weights
+from tune_steel.fit import Fit
+from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member, load_model, save_model
 from tune_steel.preprocess import Preprocessing, fit_preprocessing
 from tune_steel.splits import freeze, prepare

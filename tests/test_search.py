@@ -18,7 +18,7 @@ from searches import finish, only_run, read, start
 
 from tune_steel.choice import candidates, members
 from tune_steel.ensemble import MEMBERS, combine
-from tune_steel.fit import class_weights
+from tune_steel.loss import class_weights
 from tune_steel.options import Options
 from tune_steel.predict import load_model
 from tune_steel.problem import Problem, resolve

@@ -15,7 +15,7 @@ from tune_steel.boosting import Boosting
 from tune_steel.ensemble import Combination, ThresholdRule, combine, cross_fit, log_loss
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
-from tune_steel.fit import class_weights
+from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member
 from tune_steel.refit import Plan, Refit, member, retrain, validation_rows
 from tune_steel.scores import Interval, bootstrap, confusion, confusion_interval, score

@@ -18,7 +18,8 @@ from tune_steel.config import TrialConfig
 from tune_steel.ensemble import natural
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Floats, Ints
-from tune_steel.fit import Fit, class_weights
+from tune_steel.fit import Fit
+from tune_steel.loss import class_weights
 from tune_steel.networks import log_probabilities
 from tune_steel.predict import Member, rebuild
 from tune_steel.preprocess import Preprocessing
