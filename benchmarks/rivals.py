@@ -187,6 +187,7 @@ def _product(
             output=Path(folder),
             address=None,
             threshold="none",
+            profile=False,
             dry_run=False,
         )
         path = Path(folder) / "run"
