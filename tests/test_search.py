@@ -153,7 +153,7 @@ def test_the_parts_of_a_run_s_time_add_up_to_its_slots(finished: tuple[Path, str
     epochs = read(run, "epochs")
     fit = profile["slots"]["training"] + profile["slots"]["scoring"]
     assert fit == pytest.approx(epochs["seconds"].sum())
-    assert 0 < profile["slots"]["scoring"] < profile["slots"]["training"]
+    assert min(profile["slots"]["training"], profile["slots"]["scoring"]) > 0
     assert min(profile["wall"].values()) > 0
     assert min(profile["driver"].values()) > 0
     assert "Where the time went" in out
