@@ -44,14 +44,14 @@ from numpy.typing import NDArray
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, PartialFixedSampler
 
-from benchmarks.simulate import CURVES, read_curves
+from benchmarks.simulate import CURVES, SPACES, read_curves
 from benchmarks.surrogate import Curve, Surrogate
 from benchmarks.virtual import Mark, Search, Setting
 from tune_steel.config import TrialConfig
 from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
 from tune_steel.samplers import SearchName
-from tune_steel.space import Params, Space, load_space, spaces_folder
+from tune_steel.space import Params, Space, load_space
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tables import write_table
 from tune_steel.tasks import steel_task
@@ -435,7 +435,7 @@ def main(
 ) -> None:
     """Measures, plays, prints and publishes."""
     repeats, drawn, searches = (3, 4, 3) if quick else (9, 16, 20)
-    space = load_space(spaces_folder() / "binary.toml")
+    space = load_space(SPACES / "binary.toml")
     curves, most = read_curves(CURVES / "binary.parquet")
     surrogate = Surrogate(space, curves, most)
     found = searched(searches, space, surrogate.curve, most)
