@@ -7,15 +7,15 @@ from scipy.special import expit, softmax
 
 from tune_steel.config import TrialConfig
 from tune_steel.ensemble import (
+    Calibration,
     Combination,
-    best_temperature,
     best_threshold,
+    calibrate,
     combine,
     cross_fit,
     log_loss,
     natural,
     select,
-    temper,
 )
 from tune_steel.loss import TrainingLoss, class_weights
 from tune_steel.scores import decide, score
@@ -114,18 +114,46 @@ def test_overconfident_probabilities_get_the_temperature_that_made_them_so() -> 
     logits = rng.normal(size=20_000)
     y = (rng.random(20_000) < expit(logits)).astype(np.int64)
     p = np.stack([expit(-3 * logits), expit(3 * logits)], axis=1)
-    found = best_temperature(p, y)
-    assert found == pytest.approx(3, rel=0.05)
-    np.testing.assert_allclose(temper(p, 3.0)[:, 1], expit(logits), rtol=1e-9)
-    losses = [log_loss(temper(p, t), y) for t in np.geomspace(0.1, 10, 200)]
-    assert log_loss(temper(p, found), y) <= min(losses)
+    found = calibrate(p, y)
+    assert found.temperature == pytest.approx(3, rel=0.05)
+    np.testing.assert_allclose(Calibration(3.0).apply(p)[:, 1], expit(logits), rtol=1e-9)
 
 
-def test_a_temperature_that_lowers_nothing_is_one_and_changes_no_bit() -> None:
+@pytest.mark.parametrize("shift", [-0.4, 0.0, 0.6])
+def test_rare_classes_get_back_the_share_that_was_taken_from_them(shift: float) -> None:
+    rng = np.random.default_rng(1)
+    frequencies = np.array([0.7, 0.25, 0.05])
+    # Scores of a model that is right: the class is drawn from its softmax.
+    scores = rng.normal(size=(40_000, 3)) + np.log(frequencies)
+    y = (softmax(scores, axis=1).cumsum(axis=1) < rng.random((len(scores), 1))).sum(axis=1)
+    seen = np.bincount(y) / len(y)
+    p = softmax(scores + shift * np.log(seen), axis=1)
+    found = calibrate(p, y)
+    assert found.temperature == pytest.approx(1, abs=0.03)
+    assert found.bias == pytest.approx(tuple(-shift * np.log(seen)), abs=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_temperature_and_shift_is_better(seed: int) -> None:
+    p, y = members(seed)
+    y[y == 2] = np.arange((y == 2).sum()) % 2  # a rare class
+    y[:9] = 2
+    mean = p.mean(axis=0)
+    found = calibrate(mean, y)
+    rarity = -np.log(np.bincount(y) / len(y))
+    losses = [
+        log_loss(Calibration(t, tuple(s * rarity)).apply(mean), y)
+        for t in np.geomspace(0.1, 10, 80)
+        for s in np.linspace(-1, 1, 81)
+    ]
+    assert log_loss(found.apply(mean), y) <= min(losses)
+
+
+def test_a_calibration_that_lowers_nothing_is_none_and_changes_no_bit() -> None:
     p = np.full((8, 2), 0.5)
-    assert best_temperature(p, np.arange(8) % 2) == 1.0
+    assert calibrate(p, np.arange(8) % 2) == Calibration()
     p, _ = members(1)
-    assert temper(p[0], 1.0) is p[0] or np.array_equal(temper(p[0], 1.0), p[0])
+    assert np.array_equal(Calibration().apply(p[0]), p[0])
 
 
 def test_a_certain_and_wrong_member_costs_a_finite_loss() -> None:

@@ -10,7 +10,7 @@ from sklearn.preprocessing import QuantileTransformer, StandardScaler
 
 from tune_steel.config import TrialConfig
 from tune_steel.data import Table
-from tune_steel.ensemble import Combination
+from tune_steel.ensemble import Calibration, Combination
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Schema, learn_schema
 from tune_steel.fit import Fit
@@ -383,7 +383,9 @@ def fitted_model(scaling, classes):
         networks = tuple(fit.network for fit in fits)
         weights = class_weights(config, development)
         members.append(Member(trial, config, weights, fits[0].preprocessing, networks))
-    combination = Combination(np.array([0.75, 0.25]), 1.25, 0.38 if classes == 2 else None)
+    calibration = Calibration(1.25, (-0.02, 0.01) if classes == 2 else None)
+    threshold = 0.38 if classes == 2 else None
+    combination = Combination(np.array([0.75, 0.25]), calibration, threshold)
     return FittedModel(development.classes, tuple(members), combination, "file")
 
 
@@ -454,7 +456,7 @@ def test_a_stored_model_holds_no_pickle(tmp_path):
         header = json.loads(content[8 : 8 + length])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
         assert 8 + length + max(ends) == len(content)
-    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 3
+    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 4
 
 
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
@@ -476,8 +478,8 @@ def test_a_model_with_a_file_that_was_cut_off_is_an_error_that_names_the_folder(
 def test_a_model_of_another_format_is_an_error_that_names_both(tmp_path):
     save_model(fitted_model("standard", 2), tmp_path)
     path = tmp_path / "model.json"
-    path.write_text(path.read_text().replace('"format": 3', '"format": 9'))
-    with pytest.raises(DataError, match="model format 9, known is 3"):
+    path.write_text(path.read_text().replace('"format": 4', '"format": 9'))
+    with pytest.raises(DataError, match="model format 9, known is 4"):
         load_model(tmp_path)
 
 

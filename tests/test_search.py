@@ -264,7 +264,9 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
     positions, _ = validation_rows(problem.development)
     fitted = combine(np.stack(refits), problem.development.y[positions])
     assert fitted.weights.tolist() == [member["weight"] for member in told]
-    assert fitted.temperature == record["ensemble"]["temperature"]
+    calibration = record["ensemble"]["calibration"]
+    assert fitted.calibration.temperature == calibration["temperature"]
+    assert list(fitted.calibration.bias or ()) == (calibration["bias"] or [])
 
 
 def test_the_stand_in_is_said_in_every_output(finished: tuple[Path, str, str]) -> None:

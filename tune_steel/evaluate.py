@@ -1,7 +1,7 @@
 """The final evaluation: the ensemble, the best trial and their rivals, once on the test rows.
 
 This is the only room that opens the test rows. Nothing is chosen by them: trials were chosen by
-validation losses, the ensemble's weights, temperature and threshold by out-of-fold predictions.
+validation losses, the ensemble's weights, calibration and threshold by out-of-fold predictions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tune_steel.boosting import Boosting
-from tune_steel.ensemble import Combination, ThresholdRule, combine, cross_fit, log_loss
+from tune_steel.ensemble import (
+    Calibration,
+    Combination,
+    ThresholdRule,
+    combine,
+    cross_fit,
+    log_loss,
+)
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
 from tune_steel.loss import class_weights
@@ -47,16 +54,16 @@ class EnsembleFacts:
 
     Attributes:
         members: Every trial that was refitted, best validation loss first.
-        temperature: What the logits of the weighted average are divided by.
+        calibration: What is done to the logits of the weighted average.
         threshold: Two classes: above which probability a row counts as of the second one.
-        log_loss: Of the out-of-fold predictions that weights and temperature were fitted to.
-        cross_fitted_log_loss: Of weights and temperature that were fitted to the other folds.
+        log_loss: Of the out-of-fold predictions that weights and calibration were fitted to.
+        cross_fitted_log_loss: Of weights and calibration that were fitted to the other folds.
         cross_fitted: False with a single split, where no other rows are left: then the two are
             the same, and the validation scores flatter.
     """
 
     members: tuple[Membership, ...]
-    temperature: float
+    calibration: Calibration
     threshold: float | None
     log_loss: float
     cross_fitted_log_loss: float
@@ -276,7 +283,7 @@ class _Ensemble:
     def used(self) -> Combination:
         """The combination of the members with a weight."""
         whole = self._combination
-        return Combination(whole.weights[whole.weights > 0], whole.temperature, whole.threshold)
+        return Combination(whole.weights[whole.weights > 0], whole.calibration, whole.threshold)
 
     def members(self) -> tuple[Member, ...]:
         """The members with a weight."""
@@ -309,7 +316,7 @@ class _Ensemble:
                 )
                 for (plan, _), weight, p in zip(self._kept, whole.weights, self.p, strict=True)
             ),
-            temperature=whole.temperature,
+            calibration=whole.calibration,
             threshold=whole.threshold,
             log_loss=log_loss(whole.apply(self.p), self._y),
             cross_fitted_log_loss=log_loss(crossed, self._y),

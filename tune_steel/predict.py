@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tune_steel.architectures import make_network
 from tune_steel.config import TrialConfig
-from tune_steel.ensemble import Combination, natural
+from tune_steel.ensemble import Calibration, Combination, natural
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Floats, Schema
 from tune_steel.fit import predict_log_probabilities
@@ -30,7 +30,7 @@ from tune_steel.networks import output_width
 from tune_steel.preprocess import Preprocessing
 from tune_steel.scores import decide
 
-_FORMAT = 3
+_FORMAT = 4
 T = TypeVar("T")
 
 
@@ -147,7 +147,7 @@ def save_model(model: FittedModel, folder: Path) -> None:
         "format": _FORMAT,
         "classes": list(model.classes),
         "schema": asdict(model.members[0].preprocessing.schema),
-        "temperature": model.combination.temperature,
+        "calibration": asdict(model.combination.calibration),
         "threshold": model.combination.threshold,
         "data_source": model.data_source,
         "members": [
@@ -209,10 +209,14 @@ def load_model(folder: Path) -> FittedModel:
         members.append(Member(entry["trial"], config, class_weights, preprocessing, networks))
     combination = Combination(
         np.array([entry["weight"] for entry in description["members"]]),
-        description["temperature"],
+        _calibration(**description["calibration"]),
         description["threshold"],
     )
     return FittedModel(classes, tuple(members), combination, description["data_source"])
+
+
+def _calibration(temperature: float, bias: list[float] | None) -> Calibration:
+    return Calibration(temperature, None if bias is None else tuple(bias))
 
 
 def _below(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:

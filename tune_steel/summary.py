@@ -89,10 +89,10 @@ def evaluation_summary(
         "columns say nothing. Validation losses chose the trials, so they flatter them; the test "
         "rows chose nothing. "
         + (
-            "The ensemble's validation scores are cross-fitted: its weights and temperature were "
+            "The ensemble's validation scores are cross-fitted: its weights and calibration were "
             "chosen on the other folds. "
             if evaluation.ensemble.cross_fitted
-            else "The ensemble's weights and temperature were fitted to the validation rows "
+            else "The ensemble's weights and calibration were fitted to the validation rows "
             "themselves, which flatters its validation scores further. "
         )
         + "`loss` favours models trained with class weights, `log_loss` models that know the "
@@ -108,11 +108,14 @@ def _ensemble_line(ensemble: EnsembleFacts) -> str:
     """Who is in it, the heaviest first."""
     used = sorted((m for m in ensemble.members if m.weight > 0), key=lambda m: -m.weight)
     who = ", ".join(f"trial {m.trial} ({m.family}) {m.weight:.2f}" for m in used)
+    calibration, bias = ensemble.calibration, ""
+    if calibration.bias is not None:
+        bias = f", bias {min(calibration.bias):.2f} to {max(calibration.bias):.2f}"
     threshold = "" if ensemble.threshold is None else f", threshold {ensemble.threshold:.3f}"
     return (
         f"ensemble of {len(used)} of {len(ensemble.members)}: {who}; "
-        f"temperature {ensemble.temperature:.2f}{threshold}; out-of-fold log_loss "
-        f"{ensemble.cross_fitted_log_loss:.4f}"
+        f"temperature {calibration.temperature:.2f}{bias}{threshold}; out-of-fold "
+        f"log_loss {ensemble.cross_fitted_log_loss:.4f}"
     )
 
 

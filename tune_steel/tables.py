@@ -119,7 +119,7 @@ def predictions_schema(classes: int) -> pa.Schema:
                 "split",
                 pa.string(),
                 "test, or out-of-fold: by the models of the other folds. The ensemble's are "
-                "cross-fitted (weights and temperature are those of the other folds too, unless "
+                "cross-fitted (weights and calibration are those of the other folds too, unless "
                 "there is only one), those of tuned are the search's own at the best epoch.",
             ),
             _field("seed", pa.int32(), "Number of the seed; null is the mean of the seeds."),
