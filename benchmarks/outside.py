@@ -1,6 +1,6 @@
 """Methods that want an environment of their own, whose pins are not ours.
 
-    pip install "pytabkit[models]" "autogluon.tabular[all]"        (in an environment of its own)
+    pip install pytabkit "autogluon.tabular[all]"                  (in an environment of its own)
     python -m benchmarks.quality --rivals-python .../bin/python
 
 The benchmark runs this very file with that interpreter, which needs nothing of this project:
