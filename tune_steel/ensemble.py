@@ -115,9 +115,9 @@ def calibrate(p: Floats, y: Ints) -> Calibration:
     The bias has a single parameter s: class c gets -s log f_c, f_c its frequency among y. Networks
     that were trained with class weights overstate rare classes by less than the weights say, above
     all nearest neighbours, whose votes come at natural frequencies whatever the loss, so `natural`
-    takes too much from them; s gives it back. On the real table it lowered the out-of-fold
-    log-loss by more than a bias of its own for each class (Alexandari, Kundaje & Shrikumar,
-    "Maximum likelihood with bias-corrected calibration", 2020), which fits noise in rare classes.
+    takes too much from them; s gives it back. A bias of its own for each class (Alexandari,
+    Kundaje & Shrikumar, "Maximum likelihood with bias-corrected calibration", 2020) would have as
+    many parameters as classes, and some have few rows.
 
     Args:
         p: Probabilities [n, C].
