@@ -1,13 +1,15 @@
 """LightGBM, XGBoost and CatBoost, at their defaults and tuned by Optuna.
 
 Each is tuned with as many trials as the product: TPE, on the mean log-loss of the inner folds,
-each of which stops its own trees early, so a trial is as many fits as there are folds. The best
-config is refitted on all outer training rows with the mean of the folds' best iterations. Folds
-run side by side, one thread each: on tables this small more threads in one model only wait.
+each of which stops its own trees early, so a trial is as many fits as there are folds. Folds run
+side by side, one thread each: on tables this small more threads in one model only wait. A trial
+ends early when it is not in the best quarter of the trials before it on the same folds. The best
+config is refitted on all outer training rows with the mean of the folds' best iterations.
 
 The spaces are those of TabArena (Erickson et al., 2025), without what concerns categories, which
-these tables have none of, and with 2000 trees at most where it has 10000. The first trial is
-near the library's defaults, as the product's first trial is its default config.
+these tables have none of. Where it has learning rates of .005 to .1 and 10000 trees, these have
+.02 to .2 and 1000, which is as far and takes a fraction of the time. The first trial is near the
+library's defaults, as the product's first trial is its default config.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from benchmarks.rivals import Fold, Method, MissingError, Outcome, spread
 from tune_steel.features import Floats, Ints
 from tune_steel.seeds import derive
 
-MOST_TREES, PATIENCE = 2000, 50
+MOST_TREES, PATIENCE = 1000, 50
+KEPT_PERCENT, NEVER_PRUNED = 25.0, 10
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,25 @@ class Booster:
 
             def objective(trial: optuna.Trial) -> float:
                 params = self.space(trial)
-                done = list(pool.map(lambda pair: one(params, *pair), folds))
+                losses: list[float] = []
+                trees: list[int] = []
+                for start in range(0, len(folds), fold.settings.threads):
+                    some = folds[start : start + fold.settings.threads]
+                    done = list(pool.map(lambda pair: one(params, *pair), some))
+                    losses += [loss for loss, _ in done]
+                    trees += [count for _, count in done]
+                    trial.report(float(np.mean(losses)), len(losses))
+                    if len(losses) < len(folds) and trial.should_prune():
+                        raise optuna.TrialPruned
                 trial.set_user_attr("params", params)
-                trial.set_user_attr("trees", max(round(np.mean([n for _, n in done])), 1))
-                return float(np.mean([loss for loss, _ in done]))
+                trial.set_user_attr("trees", max(round(np.mean(trees)), 1))
+                return float(np.mean(losses))
 
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+            study = optuna.create_study(
+                sampler=optuna.samplers.TPESampler(seed=seed),
+                pruner=optuna.pruners.PercentilePruner(KEPT_PERCENT, NEVER_PRUNED),
+            )
             study.enqueue_trial(dict(self.first))
             study.optimize(objective, n_trials=fold.settings.trials)
         best = study.best_trial
@@ -127,7 +142,7 @@ def _quiet(method: Method) -> Method:
 
 def _lightgbm_space(trial: optuna.Trial) -> dict[str, Any]:
     return {
-        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 0.02, 0.2, log=True),
         "feature_fraction": trial.suggest_float("feature_fraction", 0.4, 1.0),
         "bagging_fraction": trial.suggest_float("bagging_fraction", 0.7, 1.0),
         "bagging_freq": 1,
@@ -141,7 +156,7 @@ def _lightgbm_space(trial: optuna.Trial) -> dict[str, Any]:
 
 def _xgboost_space(trial: optuna.Trial) -> dict[str, Any]:
     return {
-        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 0.02, 0.2, log=True),
         "max_depth": trial.suggest_int("max_depth", 4, 10, log=True),
         "min_child_weight": trial.suggest_float("min_child_weight", 1e-3, 5.0, log=True),
         "subsample": trial.suggest_float("subsample", 0.6, 1.0),
@@ -156,7 +171,7 @@ def _xgboost_space(trial: optuna.Trial) -> dict[str, Any]:
 
 def _catboost_space(trial: optuna.Trial) -> dict[str, Any]:
     return {
-        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 0.02, 0.2, log=True),
         "bootstrap_type": "Bernoulli",
         "subsample": trial.suggest_float("subsample", 0.7, 1.0),
         "grow_policy": trial.suggest_categorical("grow_policy", ["SymmetricTree", "Depthwise"]),

@@ -66,7 +66,9 @@ def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
         means["folds"] = scored.groupby("method").size()
         means = means.sort_values("log_loss")
         ours = next((name for name in _OURS if name in means.index), None)
-        boosters = [name for name in means.index if name in _TUNED_BOOSTERS]
+        boosters = [
+            name for name in means.index if name in _TUNED_BOOSTERS and means["folds"][name] > 1
+        ]
         against = [name for name in (*boosters[:1], ours) if name is not None]
         yield _row("method", "folds", *_SHOWN.values(), "seconds")
         yield _row("---", *["---:"] * (len(_SHOWN) + 2))
@@ -84,9 +86,24 @@ def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> Iterator[str]:
-    """Paired differences to one method on the folds that both have."""
+    """Paired differences to one method on the folds that both have, if they are two or more."""
     place = ["repeat", "fold"]
     why = ", the tuned booster with the lowest log-loss here," if rival in _TUNED_BOOSTERS else ""
+    theirs = scored[scored["method"] == rival].set_index(place)
+    ratio = float(theirs["test_rows"].sum() / theirs["train_rows"].sum())
+    rows = []
+    for method in methods:
+        mine = scored[scored["method"] == method].set_index(place)
+        both = mine.index.intersection(theirs.index)
+        if method == rival or len(both) < 2:
+            continue
+        cells = []
+        for name in _COMPARED:
+            gaps = (mine.loc[both, name] - theirs.loc[both, name]).to_numpy(dtype=np.float64)
+            cells.append(_difference(gaps, ratio, lower=name == "log_loss"))
+        rows.append(_row(method, str(len(both)), *cells))
+    if not rows:
+        return
     yield (
         f"Difference to {rival}{why} on the folds that both have, with the corrected 95 % "
         "interval (Nadeau & Bengio); a tie is one whose interval holds 0:"
@@ -94,28 +111,13 @@ def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> It
     yield ""
     yield _row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
     yield _row("---", *["---:"] * (len(_COMPARED) + 1))
-    theirs = scored[scored["method"] == rival].set_index(place)
-    ratio = float(theirs["test_rows"].sum() / theirs["train_rows"].sum())
-    for method in methods:
-        if method == rival:
-            continue
-        mine = scored[scored["method"] == method].set_index(place)
-        both = mine.index.intersection(theirs.index)
-        cells = []
-        for name in _COMPARED:
-            gaps = (mine.loc[both, name] - theirs.loc[both, name]).to_numpy(dtype=np.float64)
-            cells.append(_difference(gaps, ratio, lower=name == "log_loss"))
-        yield _row(method, str(len(both)), *cells)
+    yield from rows
     yield ""
 
 
 def _difference(gaps: np.ndarray, ratio: float, *, lower: bool) -> str:
     """A mean difference in words: better and worse only where the interval leaves 0 out."""
-    if len(gaps) == 0:
-        return "no common fold"
     mean = float(gaps.mean())
-    if len(gaps) == 1:
-        return f"{mean:+.3f}"
     low, high = corrected_interval(gaps, ratio)
     verdict = "tie" if low <= 0 <= high else "better" if (mean < 0) == lower else "worse"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"

@@ -38,7 +38,8 @@ from tune_steel.features import Floats, Ints
 from tune_steel.fit import EarlyStopping
 from tune_steel.job import run_problem
 from tune_steel.options import Options, Resources, default_grace_period
-from tune_steel.problem import Problem, assemble
+from tune_steel.problem import Problem, ask, assemble
+from tune_steel.ray_session import RaySession
 from tune_steel.run_folder import read_record
 from tune_steel.seeds import derive
 from tune_steel.splits import cut
@@ -152,7 +153,7 @@ def problem_of(fold: Fold, options: Options) -> Problem:
         validation=len(fold.test),
         folds=options.folds,
     )
-    return assemble(options, fold.table, fold.task, splits, shares)
+    return assemble(ask(options, fold.table, fold.task), splits, shares)
 
 
 def _product(
@@ -193,8 +194,12 @@ def _product(
         path = Path(folder) / "run"
         path.mkdir()
         log = io.StringIO()
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            code = run_problem(options, problem_of(fold, options), path)
+        with (
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+            RaySession(options.address, options.resources) as session,
+        ):
+            code = run_problem(options, problem_of(fold, options), path, session)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
         if code:

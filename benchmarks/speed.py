@@ -444,8 +444,8 @@ def search(
     print(report(others + rows))
 
 
-@app.command()
-def quality_in_time(
+@app.command("quality-in-time")
+def beside_boosters(
     seconds: Annotated[float, typer.Option(help="What each method is given.")] = 120.0,
     repeats: Annotated[int, typer.Option(help="Of each method.")] = 1,
     workers: Annotated[int, typer.Option(help="Trials at once, and cores.")] = 2,

@@ -126,6 +126,17 @@ def test_plain_optuna_s_row_has_figures_that_agree(setting: speed.Setting, tmp_p
     assert 0.3 < judged != row["best_val_loss"]
 
 
+def test_a_method_runs_as_a_process_and_its_row_says_where(
+    setting: speed.Setting, tmp_path: Path
+) -> None:
+    request = replace(setting.request, folder=str(tmp_path), grace_period=2)
+    row = speed.run_method("optuna", replace(setting, request=request), sys.executable)
+    assert row["machine"] == quality_in_time.machine()
+    assert (row["method"], row["folds"], row["trials"]) == ("optuna", 2, 2)
+    assert row["cpu_s"] > 0
+    assert set(row) <= set(speed.SCHEMA.names)
+
+
 def test_the_target_is_the_loss_that_a_tenth_of_the_recorded_configs_reach(
     setting: speed.Setting,
 ) -> None:

@@ -21,7 +21,7 @@ from tune_steel.ensemble import MEMBERS, combine
 from tune_steel.loss import class_weights
 from tune_steel.options import Options
 from tune_steel.predict import load_model
-from tune_steel.problem import Problem, resolve
+from tune_steel.problem import Problem, load, resolve
 from tune_steel.refit import Plan, refit, validation_rows
 from tune_steel.scores import score
 from tune_steel.searcher import StudySearcher
@@ -244,7 +244,7 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
     run, _, _ = finished
     record = json.loads((run / "run.json").read_text())
     options = Options.from_dict(record["options"])
-    problem = resolve(options)
+    problem = resolve(options, load(options))
     trials = searcher_of(run, problem, options).records
     plans = [Plan.of(trial) for trial in members(candidates(trials, options), MEMBERS)]
     told = record["ensemble"]["members"]

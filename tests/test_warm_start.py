@@ -22,7 +22,7 @@ from tune_steel.budget import Budget
 from tune_steel.errors import TuneSteelError
 from tune_steel.job import _open, begin
 from tune_steel.options import Options, Resources
-from tune_steel.problem import Problem, resolve
+from tune_steel.problem import Problem, load, resolve
 from tune_steel.run_folder import RunFolder, make_folder
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.search import main
@@ -100,7 +100,7 @@ def searcher_of(
 def earlier_run(space: Path | None, folder: Path, **changed: Any) -> Path:
     """The folder of a run whose trials ended in every way, each file by the product's hand."""
     given = options(space, folder, **changed)
-    problem = resolve(given)
+    problem = resolve(given, load(given))
     run = RunFolder(make_folder(given.output, problem.task.name), given, problem)
     study = open_study(run.journal, run.record["run"])
     begin(study, Beginning([problem.space.defaults()]))
@@ -120,7 +120,8 @@ def earlier(space_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def problem(space_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    return resolve(options(space_path, tmp_path_factory.mktemp("now")))
+    given = options(space_path, tmp_path_factory.mktemp("now"))
+    return resolve(given, load(given))
 
 
 class Now:
@@ -128,7 +129,7 @@ class Now:
 
     def __init__(self, folder: Path, space: Path | None, **changed: Any) -> None:
         self.options = options(space, folder, **changed)
-        self.problem = resolve(self.options)
+        self.problem = resolve(self.options, load(self.options))
         self.folder = RunFolder(
             make_folder(folder, self.problem.task.name), self.options, self.problem
         )
@@ -466,7 +467,7 @@ def test_a_run_without_a_complete_trial_changes_nothing_and_says_so(
     begun: Begin, space_path: Path, tmp_path: Path
 ) -> None:
     given = options(space_path, tmp_path / "empty")
-    found = resolve(given)
+    found = resolve(given, load(given))
     run = RunFolder(make_folder(given.output, "binary"), given, found)
     begin(open_study(run.journal, run.record["run"]), Beginning([found.space.defaults()]))
     run.write_record()

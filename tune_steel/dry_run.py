@@ -28,7 +28,7 @@ def dry_run(options: Options, problem: Problem) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
     first = beginning(options, space, RunFolder(options.output, options, problem).record)
-    for note in first.notes:
+    for note in (*problem.notes, *first.notes):
         say(note)
     begin(study, first)
     fixed = dict(enumerate(grid(space, options.seed))) if options.search == "grid" else None

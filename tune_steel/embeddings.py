@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
 
 from tune_steel.config import ModelConfig
@@ -241,6 +240,9 @@ def _tree_edges(
     column: NDArray[np.float64], y: NDArray[np.int64], most: int
 ) -> NDArray[np.float64]:
     """Both ends and the thresholds of a decision tree on this column alone."""
+    # Costs every worker a second and 80 MB; one embedding of many needs it.
+    from sklearn.tree import DecisionTreeClassifier
+
     tree = DecisionTreeClassifier(
         max_leaf_nodes=most, min_samples_leaf=min(_LEAST_ROWS_A_LEAF, len(column)), random_state=0
     ).fit(column[:, None], y)

@@ -13,7 +13,7 @@ import optuna
 
 from tune_steel.errors import NonFiniteLossError, RunError, SearchFailedError
 from tune_steel.options import Options
-from tune_steel.problem import Problem, resolve
+from tune_steel.problem import Problem, load, resolve
 from tune_steel.profile import breakdown, process_age, profile_table
 from tune_steel.ray_session import RaySession
 from tune_steel.run_folder import RunFolder, make_folder, read_record
@@ -38,18 +38,20 @@ def run_search(options: Options) -> int:
         TuneSteelError: Something the user can mend.
         SearchFailedError: The search cannot go on, or every trial failed.
     """
-    problem = resolve(options)
-    for note in problem.notes:
-        say(note)
+    question = load(options)
     if options.dry_run:
         from tune_steel.dry_run import dry_run
 
-        dry_run(options, problem)
+        dry_run(options, resolve(options, question))
         return 0
-    return run_problem(options, problem, make_folder(options.output, problem.task.name))
+    with RaySession(options.address, options.resources) as session:
+        session.start()  # while the rows are cut: scikit-learn takes a second to import
+        problem = resolve(options, question)
+        folder = make_folder(options.output, problem.task.name)
+        return run_problem(options, problem, folder, session)
 
 
-def run_problem(options: Options, problem: Problem, path: Path) -> int:
+def run_problem(options: Options, problem: Problem, path: Path, session: RaySession) -> int:
     """Runs the job on a resolved problem in an empty folder; returns the exit code.
 
     Raises:
@@ -59,7 +61,7 @@ def run_problem(options: Options, problem: Problem, path: Path) -> int:
     folder = RunFolder(path, options, problem)
     try:
         with run_lock(folder.journal):
-            return _run(options, problem, folder)
+            return _run(options, problem, folder, session)
     except BaseException:
         if not (folder.path / "run.json").exists():  # nothing has begun
             folder.journal.unlink(missing_ok=True)
@@ -91,61 +93,64 @@ def resume_search(
         before = read_record(path)
         options = Options.from_dict(before["options"]).resumed(others, budget, resources)
         options.check()
-        problem = resolve(options)
+        problem = resolve(options, load(options))
         folder = RunFolder(path, options, problem, before)
         folder.clean()
         healed = heal_journal(folder.journal)
         if healed:
             say(healed)
-        return _run(options, problem, folder, before)
+        # Ray is not started yet: there may be nothing left to run.
+        with RaySession(options.address, options.resources) as session:
+            return _run(options, problem, folder, session, before)
 
 
 def _run(
-    options: Options, problem: Problem, folder: RunFolder, before: Mapping[str, Any] | None = None
+    options: Options,
+    problem: Problem,
+    folder: RunFolder,
+    session: RaySession,
+    before: Mapping[str, Any] | None = None,
 ) -> int:
     """Searches while there is something to search, then evaluates."""
     study = _open(options, problem, folder, before)
-    with RaySession(options.address, options.resources) as session:
-        if before is None:  # who resumes may have nothing left to run
-            session.start()
-        from tune_steel.searcher import StudySearcher
+    from tune_steel.searcher import StudySearcher
 
-        searcher = StudySearcher(
-            problem.space,
-            study,
-            search=options.search,
-            seed=options.seed,
-            max_epochs=options.max_epochs,
-            budget=options.budget,
-            max_failures=options.max_failures,
+    searcher = StudySearcher(
+        problem.space,
+        study,
+        search=options.search,
+        seed=options.seed,
+        max_epochs=options.max_epochs,
+        budget=options.budget,
+        max_failures=options.max_failures,
+    )
+    if before is not None:
+        say(
+            f"resuming {folder.path}: {searcher.ended} of {searcher.samples} trials have "
+            f"ended, {searcher.queued} are tried again"
         )
-        if before is not None:
-            say(
-                f"resuming {folder.path}: {searcher.ended} of {searcher.samples} trials have "
-                f"ended, {searcher.queued} are tried again"
-            )
-        if searcher.ended >= searcher.samples and before and before["state"] == "finished":
-            say("all of them are scored: nothing to do; more --samples would go on")
-            return 0
-        try:
-            concurrency = session.concurrency()
-            if searcher.ended < searcher.samples:
-                _announce(options, problem, folder, searcher)
-                folder.write_record(concurrency=concurrency)
-                # Of the problem, the search gets what it may see.
-                _search(options, searcher, problem.development, folder, concurrency)
-            with searcher.times.measure("tables"):
-                folder.write_trials(searcher.records)
-            refits = _refit(options, searcher, problem.development, folder, concurrency)
-            session.end()
-            return _finish(options, problem, folder, searcher, refits)
-        except BaseException as error:
-            if (folder.path / "run.json").exists():
-                state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
-                _record_end(folder, state, f"{type(error).__name__}: {error}")
-            if isinstance(error, KeyboardInterrupt):
-                say(f"go on with --resume {folder.path}")
-            raise
+    if searcher.ended >= searcher.samples and before and before["state"] == "finished":
+        say("all of them are scored: nothing to do; more --samples would go on")
+        return 0
+    try:
+        concurrency = session.concurrency()
+        if searcher.ended < searcher.samples:
+            _announce(options, problem, folder, searcher)
+            folder.write_record(concurrency=concurrency)
+            # Of the problem, the search gets what it may see.
+            _search(options, searcher, problem.development, folder, concurrency)
+        with searcher.times.measure("tables"):
+            folder.write_trials(searcher.records)
+        refits = _refit(options, searcher, problem.development, folder, concurrency)
+        session.end()
+        return _finish(options, problem, folder, searcher, refits)
+    except BaseException as error:
+        if (folder.path / "run.json").exists():
+            state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
+            _record_end(folder, state, f"{type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            say(f"go on with --resume {folder.path}")
+        raise
 
 
 def _record_end(folder: RunFolder, state: str, error: str) -> None:
@@ -167,7 +172,7 @@ def _open(
             "its place"
         )
     first = beginning(options, problem.space, folder.record)
-    for note in first.notes:
+    for note in (*problem.notes, *first.notes):
         say(note)
     os.truncate(folder.journal, 0)  # a process may have been killed while it did this
     study = open_study(folder.journal, folder.record["run"])
@@ -299,7 +304,12 @@ def _finish(
     from tune_steel.evaluate import evaluate
     from tune_steel.fit import prepare_process
     from tune_steel.insight import insight_lines, study_insight
-    from tune_steel.summary import evaluation_summary, render, search_summary
+    from tune_steel.summary import (
+        evaluation_summary,
+        looked_before,
+        render,
+        search_summary,
+    )
 
     # As many threads as a trial had: their number changes the last bits.
     prepare_process(options.resources.threads)
@@ -336,7 +346,7 @@ def _finish(
         search_summary(records, best),
         *insight_lines(insight),
         *evaluation_summary(evaluation, problem.task.classes),
-        *([_looked_before(looks)] if looks > 1 else []),
+        *([looked_before(looks)] if looks > 1 else []),
     )
     folder.write_report(render(*report, terminal=False))
     show(render(*report, terminal=sys.stdout.isatty()))
@@ -347,13 +357,6 @@ def _finish(
     if signal is not None:
         say(f"cut short: go on with --resume {folder.path}")
     return _EXIT_SIGNAL[signal] if signal else 0
-
-
-def _looked_before(looks: int) -> str:
-    return (
-        f"This is look number {looks} of this run at its test rows. Whoever goes on with a search "
-        "because of what the earlier look showed has chosen by a test score."
-    )
 
 
 def _nothing_to_score(folder: RunFolder, searcher: StudySearcher) -> int:

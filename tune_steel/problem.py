@@ -37,8 +37,23 @@ class Problem:
     notes: list[str]
 
 
-def resolve(options: Options) -> Problem:
-    """Loads the table, cuts it and reads the space.
+@dataclass(frozen=True)
+class Question:
+    """A problem before it is cut.
+
+    Attributes:
+        table: The table and where it came from.
+        task: Rows, classes and features.
+        space: What is sampled from.
+    """
+
+    table: data.Table
+    task: tasks.Task
+    space: Space
+
+
+def load(options: Options) -> Question:
+    """Loads the table and reads the space.
 
     Raises:
         TuneSteelError: Something the user can mend.
@@ -54,19 +69,11 @@ def resolve(options: Options) -> Problem:
         assert options.task is not None
         table = data.load_steel(options.data, options.source)
         task = tasks.steel_task(table, options.task)
-    shares = options.split or task.split
-    splits = freeze(task, seed=options.seed, split=shares, folds=options.folds)
-    return assemble(options, table, task, splits, shares)
+    return ask(options, table, task)
 
 
-def assemble(
-    options: Options,
-    table: data.Table,
-    task: tasks.Task,
-    splits: Splits,
-    shares: tuple[float, float, float],
-) -> Problem:
-    """A problem of a task that is loaded and cut already.
+def ask(options: Options, table: data.Table, task: tasks.Task) -> Question:
+    """Reads the space for a task that is loaded already.
 
     Raises:
         TuneSteelError: Something the user can mend.
@@ -79,6 +86,23 @@ def assemble(
     default = options.task or ("binary" if len(task.classes) == 2 else "faults7")
     space = load_space(options.space or spaces_folder() / f"{default}.toml")
     check_classes(space, task.classes)
+    return Question(table, task, space)
+
+
+def resolve(options: Options, question: Question) -> Problem:
+    """Cuts the table's rows.
+
+    Raises:
+        DataError: A class has too few rows for the splits.
+    """
+    shares = options.split or question.task.split
+    splits = freeze(question.task, seed=options.seed, split=shares, folds=options.folds)
+    return assemble(question, splits, shares)
+
+
+def assemble(question: Question, splits: Splits, shares: tuple[float, float, float]) -> Problem:
+    """A problem that is cut already."""
+    table, task, space = question.table, question.task, question.space
     development, sealed, notes = prepare(task, splits)
     return Problem(table, task, splits, shares, development, sealed, space, notes)
 

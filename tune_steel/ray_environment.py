@@ -1,8 +1,15 @@
-"""Settings that Ray reads when it is imported; every room that imports Ray imports this first."""
+"""Settings of the processes of a run; every room that imports Ray imports this first.
 
+Ray reads its own when it is imported.
+"""
+
+import gc
 import os
 from pathlib import Path
 
+# Imports make a million objects that live for ever, and collections look through them again and
+# again: a fifth of the time until a worker's first epoch.
+gc.set_threshold(50_000)
 # Ray's own tables, loggers and error prints are off, because the progress line and our tables say
 # it; its memory monitor aborts a whole search when it kills one worker; a trial may take a minute
 # to wind up before its worker is used again.

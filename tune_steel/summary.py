@@ -158,3 +158,11 @@ def _interval(interval: Interval) -> Text:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def looked_before(looks: int) -> str:
+    """The warning of a run that has opened its test rows before."""
+    return (
+        f"This is look number {looks} of this run at its test rows. Whoever goes on with a search "
+        "because of what the earlier look showed has chosen by a test score."
+    )

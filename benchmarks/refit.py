@@ -1,0 +1,141 @@
+"""Which networks of a member predict new rows best: those of its folds, or new ones on all rows.
+
+    python -m benchmarks.refit results/<run> results/<run> ...
+
+takes the heaviest members of finished runs and sees development rows only: each fold's validation
+rows are held out once, the other rows are cut into as many folds again, and the members are
+trained on those folds and on all of these rows, as a run does it. The weights and the calibration
+come from the folds' out-of-fold predictions, for all three ways the same; what differs is which
+networks predict the rows held out: `folds`, `all`, or the mean of `both`. The members were chosen
+by a search that saw all development rows, which flatters all ways alike. The runs are of the
+steel table and a task's own space; `TUNE_STEEL_DATA` names the table.
+
+`results/published/refit.parquet` holds a row for each run, held fold and way. Seconds are those
+of training: for `folds` two seeds of each fold, for `all` five seeds of all rows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import typer
+
+from tune_steel.data import load_steel
+from tune_steel.ensemble import combine, natural
+from tune_steel.features import Floats
+from tune_steel.fit import prepare_process
+from tune_steel.loss import class_weights
+from tune_steel.refit import Plan, Refit, member, refit, retrain, validation_rows
+from tune_steel.run_folder import git_commit
+from tune_steel.scores import score
+from tune_steel.space import load_space, spaces_folder
+from tune_steel.splits import cut, freeze, prepare
+from tune_steel.study import copy_of_study, read_records
+from tune_steel.tables import write_table
+from tune_steel.tasks import STEEL_TASKS, Task, steel_task
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "refit.parquet"
+SCORES = ("log_loss", "accuracy", "macro_accuracy", "auroc")
+SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("run", "task", "data_source", "git_commit")),
+        *(pa.field(name, pa.int32()) for name in ("fold", "members", "rows")),
+        pa.field("networks", pa.string(), metadata={"doc": "folds, all, or both."}),
+        pa.field("seconds", pa.float64(), metadata={"doc": "Of training them, one thread."}),
+        *(pa.field(name, pa.float64()) for name in SCORES),
+    ]
+)
+
+
+def measure(
+    task: Task, held: int, plans: list[Plan], seed: int, folds: int
+) -> list[dict[str, Any]]:
+    """The rows of one held fold."""
+    outer = freeze(task, seed=seed, split=task.split, folds=folds)
+    train, val = outer.folds[held]
+    inner = cut(task, train, val, seed=seed, validation=len(val), folds=folds)
+    development, sealed, _ = prepare(task, inner)
+    features, y = sealed.open()  # of development rows of the run
+    positions, _ = validation_rows(development)
+    out_of_fold: list[Floats] = []
+    predicted: dict[str, list[Floats]] = {"folds": [], "all": [], "both": []}
+    seconds = dict.fromkeys(predicted, 0.0)
+    for plan in plans:
+        weights = class_weights(plan.config, development)
+        began = time.perf_counter()
+        *_, again = refit(plan, development, "cpu")
+        assert isinstance(again, Refit)
+        of_folds = member(plan, again, development).natural(features).mean(axis=0)
+        between = time.perf_counter()
+        whole = retrain(plan, development, seed, "cpu")
+        of_all = natural(np.log(whole.probabilities(features)), weights).mean(axis=0)
+        ended = time.perf_counter()
+        out_of_fold.append(again.natural(weights))
+        predicted["folds"].append(of_folds)
+        predicted["all"].append(of_all)
+        predicted["both"].append((of_folds + of_all) / 2)
+        seconds["folds"] += between - began
+        seconds["all"] += ended - between
+        seconds["both"] += ended - began
+    combination = combine(np.stack(out_of_fold), development.y[positions])
+    return [
+        {
+            "networks": networks,
+            "fold": held,
+            "members": len(plans),
+            "rows": len(y),
+            "seconds": seconds[networks],
+            **score(combination.apply(p), y, development.reference_weights),
+        }
+        for networks, p in predicted.items()
+    ]
+
+
+def plans_of(run: Path, record: dict[str, Any], most: int) -> list[Plan]:
+    """The heaviest members of a run."""
+    space = load_space(spaces_folder() / f"{record['task']}.toml")
+    study = copy_of_study(run / "study.journal", record["run"])
+    records = {r.number: r for r in read_records(study, space, record["options"]["seed"])}
+    found = sorted(record["ensemble"]["members"], key=lambda m: -m["weight"])
+    return [Plan.of(records[m["trial"]]) for m in found[:most] if m["weight"] > 0]
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    members: Annotated[int, typer.Option(help="Of each run, at most.", min=1)] = 5,
+    output: Annotated[Path, typer.Option(help="The table.")] = PUBLISHED,
+) -> None:
+    """Measures, prints and publishes."""
+    prepare_process(1)
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        if record["task"] not in STEEL_TASKS:
+            raise typer.BadParameter(f"{run} is not a run of the steel table")
+        table = load_steel()
+        task = steel_task(table, record["task"])
+        seed, folds = record["options"]["seed"], record["options"]["folds"]
+        plans = plans_of(run, record, members)
+        base = {
+            "run": record["run"],
+            "task": record["task"],
+            "data_source": table.source,
+            "git_commit": git_commit(),
+        }
+        for held in range(folds):
+            rows += [{**base, **row} for row in measure(task, held, plans, seed, folds)]
+            write_table(output, rows, SCHEMA)
+            print(f"{record['run']}: fold {held + 1} of {folds}", flush=True)
+    frame = pd.DataFrame(rows)
+    means = frame.groupby(["task", "networks"], sort=False)[[*SCORES, "seconds"]].mean()
+    print(means.round(4).to_string())
+
+
+if __name__ == "__main__":
+    typer.run(main)
