@@ -1,7 +1,9 @@
 """Methods that want an environment of their own, whose pins are not ours.
 
-    pip install pytabkit "autogluon.tabular[all]"                  (in an environment of its own)
-    python -m benchmarks.quality --rivals-python .../bin/python
+    pip install pytabkit                      (in an environment of its own, without torchvision)
+    python -m benchmarks.quality --methods TabM,RealMLP --rivals-python .../bin/python
+    pip install "autogluon.tabular[all]"      (in another one)
+    python -m benchmarks.quality --methods AutoGluon --rivals-python .../bin/python
 
 The benchmark runs this very file with that interpreter, which needs nothing of this project:
 

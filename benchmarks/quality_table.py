@@ -1,4 +1,4 @@
-"""The nested benchmark's table, in Markdown, from its published rows."""
+"""The nested benchmark's tables, in Markdown, from its published rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 
 from tune_steel.insight import corrected_interval
+from tune_steel.tasks import STEEL_TASKS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- quality: benchmarks/quality.py -->", "<!-- end of quality -->"
 _SHOWN = {
     "accuracy": "accuracy",
@@ -27,14 +29,72 @@ _TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
 
 
 def publish(folder: Path) -> None:
-    """Prints the table and puts it between its markers in the README, if it has them."""
-    text = render(pd.read_parquet(folder / "quality.parquet"))
-    print(text)
-    readme = README.read_text(encoding="utf-8")
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    """Puts the tables between their markers, short in the README, whole in docs/; prints them."""
+    rows = pd.read_parquet(folder / "quality.parquet")
+    for path, text in ((README, brief(rows)), (DOCUMENT, render(rows))):
+        print(text)
+        before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if begin and end:
+            path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def brief(rows: pd.DataFrame) -> str:
+    """One table of the steel table's tasks, and the final model beside each tuned booster.
+
+    Args:
+        rows: `quality.parquet`.
+    """
+    scored = rows[rows["error"].isna() & rows["task"].isin(STEEL_TASKS)]
+    if scored.empty:
+        return "Nothing was measured on the steel table."
+    tasks = list(scored["task"].unique())
+    folds = scored.groupby(["task", "method"]).size()
+    most = {task: int(folds[task].max()) for task in tasks}
+    means = scored.groupby(["task", "method"])[[*_COMPARED]].mean()
+    first = scored.iloc[0]
+    of = f"{first['outer_folds']} outer folds"
+    stand_in = "; STAND-IN data" if (scored["data_source"] == "stand-in").any() else ""
+    lines = [
+        f"Accuracy / balanced accuracy / log-loss, means over {of} ({first['trials']} trials, "
+        f"seed {first['seed']}{stand_in}); where a method ran on fewer, their number is said:",
+        "",
+        _row("method", *tasks),
+        _row("---", *["---"] * len(tasks)),
+    ]
+    ranks = means["log_loss"].groupby("task").rank().groupby("method").mean()
+    # Who was not everywhere comes last: their means are of other rows.
+    whole = scored.groupby("method").size() == sum(most.values())
+    order = sorted(ranks.index, key=lambda method: (not whole[method], ranks[method]))
+    for method in order:
+        cells = []
+        for task in tasks:
+            if (task, method) not in means.index:
+                cells.append("")
+                continue
+            count = int(folds[task, method])
+            few = "" if count == most[task] == first["outer_folds"] else f" ({count})"
+            scores = means.loc[(task, method)]
+            cells.append(" / ".join(f"{scores[name]:.3f}" for name in _COMPARED) + few)
+        lines.append(_row(str(method), *cells))
+    against = [line for task in tasks for line in _against(task, scored[scored["task"] == task])]
+    if against:
+        lines += [
+            "",
+            "The ensemble less each tuned booster on the folds that both have, with the corrected "
+            "95 % interval (Nadeau & Bengio); a tie is one whose interval holds 0:",
+            "",
+            _row("task", "booster", "folds", *(_SHOWN[name] for name in _COMPARED)),
+            _row("---", "---", "---:", *["---:"] * len(_COMPARED)),
+            *against,
+        ]
+    return "\n".join(lines)
+
+
+def _against(task: str, scored: pd.DataFrame) -> Iterator[str]:
+    for rival in _TUNED_BOOSTERS:
+        for _, folds, cells in _paired(rival, ["ensemble"], scored):
+            yield _row(task, rival, str(folds), *cells)
 
 
 def render(rows: pd.DataFrame) -> str:
@@ -86,22 +146,9 @@ def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> Iterator[str]:
-    """Paired differences to one method on the folds that both have, if they are two or more."""
-    place = ["repeat", "fold"]
+    """Paired differences to one method."""
     why = ", the tuned booster with the lowest log-loss here," if rival in _TUNED_BOOSTERS else ""
-    theirs = scored[scored["method"] == rival].set_index(place)
-    ratio = float(theirs["test_rows"].sum() / theirs["train_rows"].sum())
-    rows = []
-    for method in methods:
-        mine = scored[scored["method"] == method].set_index(place)
-        both = mine.index.intersection(theirs.index)
-        if method == rival or len(both) < 2:
-            continue
-        cells = []
-        for name in _COMPARED:
-            gaps = (mine.loc[both, name] - theirs.loc[both, name]).to_numpy(dtype=np.float64)
-            cells.append(_difference(gaps, ratio, lower=name == "log_loss"))
-        rows.append(_row(method, str(len(both)), *cells))
+    rows = list(_paired(rival, methods, scored))
     if not rows:
         return
     yield (
@@ -111,8 +158,28 @@ def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> It
     yield ""
     yield _row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
     yield _row("---", *["---:"] * (len(_COMPARED) + 1))
-    yield from rows
+    for method, folds, cells in rows:
+        yield _row(method, str(folds), *cells)
     yield ""
+
+
+def _paired(
+    rival: str, methods: Sequence[str], scored: pd.DataFrame
+) -> Iterator[tuple[str, int, list[str]]]:
+    """Each method, its folds in common with the rival, and its differences, if these are two."""
+    place = ["repeat", "fold"]
+    theirs = scored[scored["method"] == rival].set_index(place)
+    for method in methods:
+        mine = scored[scored["method"] == method].set_index(place)
+        both = mine.index.intersection(theirs.index)
+        if method == rival or len(both) < 2:
+            continue
+        ratio = float(theirs["test_rows"].sum() / theirs["train_rows"].sum())
+        cells = []
+        for name in _COMPARED:
+            gaps = (mine.loc[both, name] - theirs.loc[both, name]).to_numpy(dtype=np.float64)
+            cells.append(_difference(gaps, ratio, lower=name == "log_loss"))
+        yield method, len(both), cells
 
 
 def _difference(gaps: np.ndarray, ratio: float, *, lower: bool) -> str:

@@ -28,10 +28,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from benchmarks.fit import plain_network
 from tune_steel.budget import Budget
 from tune_steel.data import Table
 from tune_steel.features import Floats, Ints
@@ -261,14 +262,7 @@ def reference(fold: Fold) -> Outcome:
     loss = _reference_loss(fold.task.name, y, classes)
     torch.set_num_threads(1)  # a second one only waits, in batches this small
     torch.manual_seed(seed)
-    widths = (x.shape[1], 512, 256, 128)
-    layers: list[nn.Module] = []
-    for i in range(3):
-        layers += [
-            *(nn.Linear(widths[i], widths[i + 1]), nn.BatchNorm1d(widths[i + 1])),
-            *(nn.ReLU(), nn.Dropout(0.35)),
-        ]
-    network = nn.Sequential(*layers, nn.Linear(widths[-1], 1 if classes == 2 else classes))
+    network = plain_network(x.shape[1], (512, 256, 128), 1 if classes == 2 else classes)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
     epochs, patience = (50, 10) if classes == 2 else (100, 20)

@@ -199,6 +199,36 @@ def test_the_table_names_ties_and_compares_on_common_folds_with_the_corrected_in
     assert lines["| XGBoost tuned"].startswith("| XGBoost tuned | 2 |")
 
 
+def test_the_short_table_has_the_means_and_the_ensemble_beside_each_tuned_booster() -> None:
+    text = quality_table.brief(
+        pd.DataFrame(
+            [
+                *rows_of("ensemble", [0.90, 0.92, 0.88], [0.20, 0.21, 0.19]),
+                *rows_of("LightGBM tuned", [0.90, 0.91, 0.90], [0.40, 0.43, 0.40]),
+                *rows_of("XGBoost tuned", [0.90], [0.10]),
+            ]
+        ).assign(task="binary")
+    )
+    lines = text.splitlines()
+    assert "| ensemble | 0.900 / 0.500 / 0.200 (3) |" in lines
+    # The means of one fold are no place in the ranking.
+    assert lines.index("| XGBoost tuned | 0.900 / 0.500 / 0.100 (1) |") == 6
+    against = [line for line in lines if line.startswith("| binary | ")]
+    assert len(against) == 1
+    assert against[0].startswith("| binary | LightGBM tuned | 3 | -0.003 [")
+    assert against[0].endswith("| -0.210 [-0.239, -0.181] better |")
+
+
+def test_readme_and_docs_show_what_is_published() -> None:
+    rows = pd.read_parquet(quality.PUBLISHED / "quality.parquet")
+    for path, text in (
+        (quality_table.README, quality_table.brief(rows)),
+        (quality_table.DOCUMENT, quality_table.render(rows)),
+    ):
+        rest = path.read_text().split(quality_table.BEGIN)[1]
+        assert rest.split(quality_table.END)[0].strip() == text.strip(), path.name
+
+
 def test_the_product_s_problem_is_the_outer_fold(space_file: Path) -> None:
     fold = wine_fold()
     space_file.write_text(space_file.read_text().replace("pos_weight", "class_weight_power"))

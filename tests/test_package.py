@@ -86,6 +86,7 @@ def test_no_file_is_longer_than_a_room_should_be() -> None:
     ("module", "foreign"),
     [
         ("fit", "ray"),
+        ("fit", "sklearn"),
         ("fused", "ray"),
         ("networks", "ray"),
         ("preprocess", "ray"),

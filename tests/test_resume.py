@@ -236,6 +236,10 @@ def test_what_is_damaged_or_no_run_is_one_line(
     assert "it is empty, but run.json tells of trials" in refusal(
         command("--resume", copied, "--samples", 99)
     )
+    record = json.loads((copied / "run.json").read_text())
+    del record["options"]["threshold"]
+    (copied / "run.json").write_text(json.dumps(record))
+    assert "of another version of tune_steel" in refusal(command("--resume", copied))
     (copied / "run.json").write_text('{"run": ')
     assert "run.json: it is damaged" in refusal(command("--resume", copied))
     (tmp_path / "empty").mkdir()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from tune_steel.budget import Budget
-from tune_steel.errors import OptionError
+from tune_steel.errors import OptionError, RunError
 from tune_steel.splits import check_split
 from tune_steel.tasks import STEEL_TASKS
 
@@ -191,22 +191,30 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Options:
-        """The options that `as_dict` wrote."""
-        paths = {
-            key: None if values[key] is None else Path(values[key]) for key in ("data", "space")
-        }
-        return cls(
-            **{
-                **values,
-                **paths,
-                "output": Path(values["output"]),
-                "budget": Budget(**values["budget"]),
-                "resources": Resources(**values["resources"]),
-                "split": None if values["split"] is None else tuple(values["split"]),
-                "warm_start": tuple(Path(path) for path in values["warm_start"]),
-                "tries": tuple(values["tries"]),
-            }
-        )
+        """The options that `as_dict` wrote.
+
+        Raises:
+            RunError: Another version of this project wrote them.
+        """
+        try:
+            paths = {key: values[key] and Path(values[key]) for key in ("data", "space")}
+            return cls(
+                **{
+                    **values,
+                    **paths,
+                    "output": Path(values["output"]),
+                    "budget": Budget(**values["budget"]),
+                    "resources": Resources(**values["resources"]),
+                    "split": values["split"] and tuple(values["split"]),
+                    "warm_start": tuple(Path(path) for path in values["warm_start"]),
+                    "tries": tuple(values["tries"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise RunError(
+                f"the run's options are those of another version of tune_steel ({error}); resume "
+                "it with that version, or begin a new run with --warm-start and its trials.parquet"
+            ) from None
 
     def resumed(
         self,

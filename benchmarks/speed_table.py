@@ -1,0 +1,136 @@
+"""The speed benchmark's tables in the README, in Markdown, from its published rows.
+
+python -m benchmarks.speed_table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import quality_in_time, speed
+from benchmarks.quality_in_time import AUTOGLUON, LIGHTGBM, at
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- speed: benchmarks/speed_table.py -->", "<!-- end of speed -->"
+TITLES = {
+    speed.OURS: "tune_steel",
+    "ray": "Ray Tune's documented script",
+    "optuna": "plain Optuna, processes",
+    "syne": "Syne Tune, local backend",
+    LIGHTGBM: "LightGBM tuned by Optuna",
+    AUTOGLUON: "AutoGluon",
+}
+_COLUMNS = {
+    "trials_per_minute": ("trials / min", 1),
+    "epochs_per_minute": ("epochs / min", 0),
+    "wall_s": ("whole process, s", 0),
+    "peak_mb": ("peak MB", 0),
+    "target_s": ("to the target, s", 0),
+    "judged_loss": ("loss on other folds", 4),
+}
+_SHARES = (1 / 4, 1 / 2, 1.0, 5 / 4)
+
+
+def publish() -> None:
+    """Puts the tables between their markers in the README; prints them."""
+    text = render(
+        pd.read_parquet(speed.PUBLISHED),
+        pd.read_parquet(quality_in_time.PUBLISHED),
+    )
+    print(text)
+    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def render(searches: pd.DataFrame, in_time: pd.DataFrame) -> str:
+    """Both tables.
+
+    Args:
+        searches: `speed.parquet`.
+        in_time: `quality_in_time.parquet`.
+    """
+    parts = [_search(part) for _, part in searches.groupby("folds", sort=False)]
+    return "\n".join(line for part in [*parts, _in_time(in_time)] for line in part).strip()
+
+
+def _search(rows: pd.DataFrame) -> Iterator[str]:
+    """One table for a number of folds: medians, and the ends of what was seen."""
+    first = rows.iloc[0]
+    folds = "one validation split" if first["folds"] == 1 else f"{first['folds']} folds"
+    repeats = rows["repeat"].nunique()
+    yield (
+        f"**{folds}**: {first['samples']} trials of at most {first['max_epochs']} epochs, "
+        f"{first['workers']} at once, {repeats} repeat{'s' if repeats > 1 else ''}"
+        f"{_stand_in(rows)}; {first['machine']}"
+    )
+    yield ""
+    yield _row("method", *(title for title, _ in _COLUMNS.values()), "ours is")
+    yield _row("---", *["---:"] * (len(_COLUMNS) + 1))
+    ours = rows[rows["method"] == speed.OURS].set_index("repeat")["trials_per_minute"]
+    for method in rows["method"].unique():
+        mine = rows[(rows["method"] == method) & rows["note"].isna()]
+        if mine.empty:
+            continue
+        cells = []
+        for column, (_, digits) in _COLUMNS.items():
+            values = mine[column].dropna().to_numpy(dtype=np.float64)
+            missing = len(values) < len(mine)
+            cells.append("-" if missing else _spread(values, digits))
+        ratios = (ours / mine.set_index("repeat")["trials_per_minute"]).dropna().to_numpy()
+        times = "" if method == speed.OURS else f"{_spread(ratios, 1)} x"
+        yield _row(TITLES[method], *cells, times)
+    yield ""
+    for row in rows[rows["note"].notna()].itertuples():
+        yield f"- {TITLES[str(row.method)]} was not measured: {row.note}"
+
+
+def _in_time(rows: pd.DataFrame) -> Iterator[str]:
+    """The lowest log-loss of each method at some times."""
+    done = rows[rows["note"].isna()]
+    most = rows["given_s"].max()
+    yield (
+        f"**Lowest out-of-fold log_loss** by seconds since the process began; each method was "
+        f"given {most:.0f} s, AutoGluon also shares of it, a run each{_stand_in(rows)}"
+    )
+    yield ""
+    yield _row("method", *(f"{most * share:.0f} s" for share in _SHARES))
+    yield _row("---", *["---:"] * len(_SHARES))
+    for method in done["method"].unique():
+        cells = []
+        for share in _SHARES:
+            found = [
+                at(list(zip(part["seconds"], part["log_loss"], strict=True)), most * share)
+                for _, part in done[done["method"] == method].groupby("repeat")
+            ]
+            known = [loss for loss in found if loss is not None]
+            cells.append(f"{np.median(known):.4f}" if len(known) == len(found) else "-")
+        yield _row(TITLES[method], *cells)
+    yield ""
+    for row in rows[rows["note"].notna()].itertuples():
+        yield f"- {TITLES[str(row.method)]}, given {row.given_s:.0f} s: {row.note}"
+
+
+def _stand_in(rows: pd.DataFrame) -> str:
+    return ", STAND-IN data" if (rows["data_source"] == "stand-in").any() else ""
+
+
+def _spread(values: np.ndarray, digits: int) -> str:
+    """The median, and the lowest and highest where there are several."""
+    middle = f"{np.median(values):.{digits}f}"
+    if len(values) < 2:
+        return middle
+    return f"{middle} ({values.min():.{digits}f}, {values.max():.{digits}f})"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    publish()
