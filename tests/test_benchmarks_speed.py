@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from benchmarks import process, quality_in_time, speed
+from benchmarks import process, quality_in_time, speed, speed_table
 from benchmarks.peers import plain_optuna, ray_tune, training
 from tune_steel.config import TrialConfig
 from tune_steel.loss import TrainingLoss
@@ -221,3 +222,45 @@ def test_the_curves_fall_and_say_who_reached_whom() -> None:
     assert lines[2].split() == ["tune_steel", "-", "0.6000", "0.5000", "0.5000", "0.5000"]
     assert lines[3].split() == ["lightgbm", "-", "0.5000", "0.5000", "0.4000", "0.4000"]
     assert lines[4] == "  ours reached lightgbm's lowest of repeat 0 (0.4000) never"
+
+
+def test_the_readme_shows_what_is_published() -> None:
+    text = speed_table.render(
+        pd.read_parquet(speed.PUBLISHED), pd.read_parquet(quality_in_time.PUBLISHED)
+    )
+    shown = speed_table.README.read_text().split(speed_table.BEGIN)[1].split(speed_table.END)[0]
+    assert shown.strip() == text
+
+
+def test_the_table_s_ratios_are_those_within_a_repeat() -> None:
+    def row(method: str, repeat: int, rate: float, note: str | None = None) -> dict[str, Any]:
+        return {
+            **dict.fromkeys(("epochs_per_minute", "wall_s", "peak_mb", "judged_loss"), 1.0),
+            "method": method,
+            "repeat": repeat,
+            "trials_per_minute": rate,
+            "note": note,
+            "folds": 5,
+            "samples": 4,
+            "max_epochs": 9,
+            "workers": 2,
+            "target_s": None,
+            "data_source": "file",
+            "machine": "m",
+        }
+
+    searches = pd.DataFrame(
+        [
+            *(row("tune_steel", 0, 30.0), row("tune_steel", 1, 20.0)),
+            *(row("ray", 0, 10.0), row("ray", 1, 5.0), row("syne", 0, 0.0, "no syne_tune")),
+        ]
+    )
+    curve = {"given_s": 8.0, "repeat": 0, "data_source": "file", "note": None}
+    points = [(2.0, 0.5), (4.0, 0.3)]
+    in_time = pd.DataFrame(
+        {**curve, "method": "tune_steel", "seconds": s, "log_loss": loss} for s, loss in points
+    )
+    lines = speed_table.render(searches, in_time).splitlines()
+    assert any(line.endswith("| 3.5 (3.0, 4.0) x |") for line in lines)
+    assert "- Syne Tune, local backend was not measured: no syne_tune" in lines
+    assert "| tune_steel | 0.5000 | 0.3000 | 0.3000 | 0.3000 |" in lines
