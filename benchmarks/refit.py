@@ -84,17 +84,20 @@ def measure(
         seconds["all"] += ended - between
         seconds["both"] += ended - began
     combination = combine(np.stack(out_of_fold), development.y[positions])
-    return [
-        {
-            "networks": networks,
-            "fold": held,
-            "members": len(plans),
-            "rows": len(y),
-            "seconds": seconds[networks],
-            **score(combination.apply(p), y, development.reference_weights),
-        }
-        for networks, p in predicted.items()
-    ]
+    rows = []
+    for networks, p in predicted.items():
+        scores = score(combination.apply(p), y, development.reference_weights)
+        rows.append(
+            {
+                "networks": networks,
+                "fold": held,
+                "members": len(plans),
+                "rows": len(y),
+                "seconds": seconds[networks],
+                **{name: scores[name] for name in SCORES},
+            }
+        )
+    return rows
 
 
 def plans_of(run: Path, record: dict[str, Any], most: int) -> list[Plan]:
