@@ -25,6 +25,13 @@ _SHOWN = {
 _COMPARED = ("accuracy", "macro_accuracy", "log_loss")
 _OURS = ("ensemble", "bagged", "tuned")
 """The product's models; the first one that is there is what a user gets."""
+_TITLES = {
+    "ensemble": "**tune_steel: ensemble**",
+    "bagged": "tune_steel: bagged",
+    "tuned": "tune_steel: tuned",
+    "default": "tune_steel: default config",
+    "boosting": "scikit-learn boosting default",
+}
 _TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
 
 
@@ -76,7 +83,7 @@ def brief(rows: pd.DataFrame) -> str:
             few = "" if count == most[task] == first["outer_folds"] else f" ({count})"
             scores = means.loc[(task, method)]
             cells.append(" / ".join(f"{scores[name]:.3f}" for name in _COMPARED) + few)
-        lines.append(_row(str(method), *cells))
+        lines.append(_row(_TITLES.get(method, method), *cells))
     against = [line for task in tasks for line in _against(task, scored[scored["task"] == task])]
     if against:
         lines += [

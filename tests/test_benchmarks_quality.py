@@ -210,7 +210,7 @@ def test_the_short_table_has_the_means_and_the_ensemble_beside_each_tuned_booste
         ).assign(task="binary")
     )
     lines = text.splitlines()
-    assert "| ensemble | 0.900 / 0.500 / 0.200 (3) |" in lines
+    assert "| **tune_steel: ensemble** | 0.900 / 0.500 / 0.200 (3) |" in lines
     # The means of one fold are no place in the ranking.
     assert lines.index("| XGBoost tuned | 0.900 / 0.500 / 0.100 (1) |") == 6
     against = [line for line in lines if line.startswith("| binary | ")]
