@@ -8,8 +8,10 @@ config is refitted on all outer training rows with the mean of the folds' best i
 
 The spaces are those of TabArena (Erickson et al., 2025), without what concerns categories, which
 these tables have none of. Where it has learning rates of .005 to .1 and 10000 trees, these have
-.02 to .2 and 1000, which is as far and takes a fraction of the time. The first trial is near the
-library's defaults, as the product's first trial is its default config.
+.02 to .2 and 1000; that and ending trials early costs little: on fold 0 of `binary` LightGBM's
+best inner log-loss is .362 in 40 s, and was .359 in 136 s from .005 on, with 2000 trees and whole
+trials. The first trial is near the library's defaults, as the product's first trial is its
+default config.
 """
 
 from __future__ import annotations
