@@ -21,6 +21,7 @@ BEGIN_REPORT, END_REPORT = "<!-- report: scripts/publish.py -->", "<!-- end of r
 _KEPT = (
     *("run", "task", "data_source", "command", "options", "data", "started", "versions"),
     *("git_commit", "machine", "trials", "best_trial", "search_seconds", "evaluate_seconds"),
+    "profile",
 )
 _PLACES = ("data", "space", "output", "warm_start")
 _SCORES = ("accuracy", "macro_accuracy", "macro_precision", "log_loss", "auroc")

@@ -38,6 +38,19 @@ def test_what_no_epoch_took_of_the_slots_lies_between_trials(times: Times) -> No
     assert profile["wall"]["start"] == 5.0
 
 
+def test_the_first_epoch_is_when_its_training_began() -> None:
+    times = Times()
+    before = process_age()
+    times.add_epoch({"seconds": 2.0})
+    first = breakdown(times)["first_epoch"]
+    assert before - 2.0 <= first <= process_age() - 2.0
+    times.add_epoch({"seconds": 1.0})
+    assert breakdown(times)["first_epoch"] == first
+    text = render(profile_table(breakdown(times)), terminal=False)
+    assert f"first epoch at {first:.1f} s" in text
+    assert "first epoch" not in render(profile_table(breakdown(Times())), terminal=False)
+
+
 def test_shares_are_of_the_slots_and_of_the_search(times: Times) -> None:
     lines = render(profile_table(breakdown(times)), terminal=False).splitlines()
     rows = {line.split()[1]: line.split()[3:] for line in lines if line.startswith("\u2502")}

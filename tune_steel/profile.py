@@ -23,6 +23,7 @@ class Times:
     Attributes:
         slots: Trials at once.
         start: From the start of the process to that of the search.
+        first_epoch: From the start of the process to that of its first epoch; None before.
         search: The search.
         training: Of its slots, in training epochs.
         scoring: Of its slots, in scoring them.
@@ -37,6 +38,7 @@ class Times:
 
     slots: int = 0
     start: float = 0.0
+    first_epoch: float | None = None
     search: float = 0.0
     training: float = 0.0
     scoring: float = 0.0
@@ -59,6 +61,8 @@ class Times:
 
     def add_epoch(self, result: Mapping[str, Any]) -> None:
         """Adds what a worker reported with an epoch; a simulated one reports no times."""
+        if self.first_epoch is None:
+            self.first_epoch = process_age() - result.get("seconds", 0.0)
         scoring = result.get("scoring_seconds", 0.0)
         self.scoring += scoring
         self.training += result.get("seconds", 0.0) - scoring
@@ -73,9 +77,10 @@ def breakdown(times: Times) -> dict[str, Any]:
         times: What was counted.
 
     Returns:
-        `wall`, the steps of the job; `slots`, which add up to `slot_seconds`, the search times
-        its slots, where `between` is what lies between two trials, the start of the workers and
-        trials that died; `driver`, what the driver did during the search.
+        `wall`, the steps of the job; `first_epoch`, when it began; `slots`, which add up to
+        `slot_seconds`, the search times its slots, where `between` is what lies between two
+        trials, the start of the workers and trials that died; `driver`, what the driver did
+        during the search.
     """
     slot_seconds = times.slots * times.search
     inside = {
@@ -92,6 +97,7 @@ def breakdown(times: Times) -> dict[str, Any]:
             "test": times.test,
             "tables": times.tables,
         },
+        "first_epoch": times.first_epoch,
         "slot_seconds": slot_seconds,
         "slots": inside | {"between": max(slot_seconds - sum(inside.values()), 0.0)},
         "driver": {"sampling": times.sampling, "reporting": times.reporting},
@@ -107,6 +113,8 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
     table.add_column("share", justify="right")
     for name, seconds in profile["wall"].items():
         table.add_row(name, f"{seconds:.1f}", "")
+        if name == "start" and profile["first_epoch"] is not None:
+            table.add_row("", "", f"first epoch at {profile['first_epoch']:.1f} s")
     for group, of, whole in (
         ("slots", "of the slots", profile["slot_seconds"]),
         ("driver", "of the search", profile["wall"]["search"]),
