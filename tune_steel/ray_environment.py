@@ -27,10 +27,13 @@ os.environ.update(
     RAY_CHDIR_TO_TRIAL_DIR="0",
     RAY_USAGE_STATS_ENABLED="0",
     # Memory that a step gives back is kept for the next one: a fit through autograd spent a fifth
-    # of its time on pages that the kernel took away and gave again. glibc reads these at the start
-    # of a process, so they reach the workers and not this one.
+    # of its time on pages that the kernel took away and gave again. What a trial gives back goes.
+    # Each trial of a worker is a thread, which would keep an arena of its own: a gigabyte after
+    # some twenty trials. glibc reads these at the start of a process, so they reach the workers
+    # and not this one.
     MALLOC_MMAP_THRESHOLD_="1000000000",
-    MALLOC_TRIM_THRESHOLD_="1000000000",
+    MALLOC_TRIM_THRESHOLD_=str(64 * 2**20),
+    MALLOC_ARENA_MAX="1",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
 if (Path.home() / ".ray" / "auth_token").exists():
