@@ -20,7 +20,7 @@ from tune_steel.run_folder import RunFolder, make_folder, read_record
 from tune_steel.splits import Development
 from tune_steel.study import SCORED, TrialRecord, heal_journal, open_study, run_lock
 from tune_steel.terminal import say, show
-from tune_steel.warm_start import Beginning, beginning
+from tune_steel.warm_start import Beginning, beginning, first_configs
 
 if TYPE_CHECKING:
     from tune_steel.refit import Plan, Refit
@@ -39,6 +39,7 @@ def run_search(options: Options) -> int:
         SearchFailedError: The search cannot go on, or every trial failed.
     """
     question = load(options)
+    first_configs(options, question.space)  # mistakes are said before anything is started
     if options.dry_run:
         from tune_steel.dry_run import dry_run
 
@@ -304,12 +305,7 @@ def _finish(
     from tune_steel.evaluate import evaluate
     from tune_steel.fit import prepare_process
     from tune_steel.insight import insight_lines, study_insight
-    from tune_steel.summary import (
-        evaluation_summary,
-        looked_before,
-        render,
-        search_summary,
-    )
+    from tune_steel.summary import evaluation_summary, looked_before, render, search_summary
 
     # As many threads as a trial had: their number changes the last bits.
     prepare_process(options.resources.threads)

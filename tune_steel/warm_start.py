@@ -60,11 +60,7 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
     Raises:
         OptionError: A config that is not in the space, or no earlier run.
     """
-    out = Beginning([space.defaults()])
-    if options.search != "grid":  # which tries every config in its own order
-        for given in space.tries:
-            out.configs.append(_checked(f"{space.name}: try {json.dumps(given)}", given, space))
-    out.configs += [_by_hand(text, space) for text in options.tries]
+    out = Beginning(first_configs(options, space))
     for path in options.warm_start:
         if path.is_dir():
             _of_a_run(path, space, record, out)
@@ -77,6 +73,21 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
             )
     out.configs = [p for i, p in enumerate(out.configs) if p not in out.configs[:i]]
     return out
+
+
+def first_configs(options: Options, space: Space) -> list[Params]:
+    """The defaults, then what the space's `[[try]]` and `--try` name.
+
+    Raises:
+        OptionError: A config that is not in the space.
+    """
+    # A grid tries every config in its own order.
+    written = () if options.search == "grid" else space.tries
+    return [
+        space.defaults(),
+        *(_checked(f"{space.name}: try {json.dumps(given)}", given, space) for given in written),
+        *(_by_hand(text, space) for text in options.tries),
+    ]
 
 
 def _by_hand(text: str, space: Space) -> Params:
