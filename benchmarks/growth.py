@@ -41,6 +41,7 @@ import typer
 from ray import tune
 
 import tune_steel.ray_tune
+from benchmarks.page import put
 from tune_steel.budget import Budget
 from tune_steel.job import begin
 from tune_steel.options import Resources, default_grace_period
@@ -237,11 +238,7 @@ def document(
 ) -> None:
     """Writes the published figures between the marks of the page."""
     rows = pq.read_table(table).to_pylist()
-    text = page.read_text(encoding="utf-8")
-    begin, end = "<!-- growth -->\n", "<!-- end -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(before + begin + markdown(rows) + end + after, encoding="utf-8")
+    put(page, "<!-- growth -->", "<!-- end -->", markdown(rows))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, PartialFixedSampler
 
+from benchmarks.page import put
 from benchmarks.simulate import CURVES, SPACES, read_curves
 from benchmarks.surrogate import Curve, Surrogate
 from benchmarks.virtual import Mark, Search, Setting
@@ -423,10 +424,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def document(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
     """Puts the tables between the marks of the page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- tables -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    text = f"{before}<!-- tables -->\n{markdown(rows)}<!-- end -->{after}"
-    page.write_text(text, encoding="utf-8")
+    put(page, "<!-- tables -->", "<!-- end -->", markdown(rows))
 
 
 def main(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.page import put, row
 from tune_steel.insight import corrected_interval
 from tune_steel.tasks import STEEL_TASKS
 
@@ -40,10 +41,7 @@ def publish(folder: Path) -> None:
     rows = pd.read_parquet(folder / "quality.parquet")
     for path, text in ((README, brief(rows)), (DOCUMENT, render(rows))):
         print(text)
-        before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if begin and end:
-            path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        put(path, BEGIN, END, text)
 
 
 def brief(rows: pd.DataFrame) -> str:
@@ -66,8 +64,8 @@ def brief(rows: pd.DataFrame) -> str:
         f"Accuracy / balanced accuracy / log-loss, means over {of} ({first['trials']} trials, "
         f"seed {first['seed']}{stand_in}); where a method ran on fewer, their number is said:",
         "",
-        _row("method", *tasks),
-        _row("---", *["---"] * len(tasks)),
+        row("method", *tasks),
+        row("---", *["---"] * len(tasks)),
     ]
     ranks = means["log_loss"].groupby("task").rank().groupby("method").mean()
     # Who was not everywhere comes last: their means are of other rows.
@@ -83,7 +81,7 @@ def brief(rows: pd.DataFrame) -> str:
             few = "" if count == most[task] == first["outer_folds"] else f" ({count})"
             scores = means.loc[(task, method)]
             cells.append(" / ".join(f"{scores[name]:.3f}" for name in _COMPARED) + few)
-        lines.append(_row(_TITLES.get(method, method), *cells))
+        lines.append(row(_TITLES.get(method, method), *cells))
     against = [line for task in tasks for line in _against(task, scored[scored["task"] == task])]
     if against:
         lines += [
@@ -91,8 +89,8 @@ def brief(rows: pd.DataFrame) -> str:
             "The ensemble less each tuned booster on the folds that both have, with the corrected "
             "95 % interval (Nadeau & Bengio); a tie is one whose interval holds 0:",
             "",
-            _row("task", "booster", "folds", *(_SHOWN[name] for name in _COMPARED)),
-            _row("---", "---", "---:", *["---:"] * len(_COMPARED)),
+            row("task", "booster", "folds", *(_SHOWN[name] for name in _COMPARED)),
+            row("---", "---", "---:", *["---:"] * len(_COMPARED)),
             *against,
         ]
     return "\n".join(lines)
@@ -101,7 +99,7 @@ def brief(rows: pd.DataFrame) -> str:
 def _against(task: str, scored: pd.DataFrame) -> Iterator[str]:
     for rival in _TUNED_BOOSTERS:
         for _, folds, cells in _paired(rival, ["ensemble"], scored):
-            yield _row(task, rival, str(folds), *cells)
+            yield row(task, rival, str(folds), *cells)
 
 
 def render(rows: pd.DataFrame) -> str:
@@ -137,11 +135,11 @@ def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
             name for name in means.index if name in _TUNED_BOOSTERS and means["folds"][name] > 1
         ]
         against = [name for name in (*boosters[:1], ours) if name is not None]
-        yield _row("method", "folds", *_SHOWN.values(), "seconds")
-        yield _row("---", *["---:"] * (len(_SHOWN) + 2))
-        for method, row in means.iterrows():
-            scores = [f"{row[name]:.3f}" for name in _SHOWN]
-            yield _row(str(method), f"{row['folds']:.0f}", *scores, f"{row['seconds']:.0f}")
+        yield row("method", "folds", *_SHOWN.values(), "seconds")
+        yield row("---", *["---:"] * (len(_SHOWN) + 2))
+        for method, mean in means.iterrows():
+            scores = [f"{mean[name]:.3f}" for name in _SHOWN]
+            yield row(str(method), f"{mean['folds']:.0f}", *scores, f"{mean['seconds']:.0f}")
         yield ""
         for rival in against:
             yield from _differences(rival, list(means.index), scored)
@@ -163,10 +161,10 @@ def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> It
         "interval (Nadeau & Bengio); a tie is one whose interval holds 0:"
     )
     yield ""
-    yield _row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
-    yield _row("---", *["---:"] * (len(_COMPARED) + 1))
+    yield row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
+    yield row("---", *["---:"] * (len(_COMPARED) + 1))
     for method, folds, cells in rows:
-        yield _row(method, str(folds), *cells)
+        yield row(method, str(folds), *cells)
     yield ""
 
 
@@ -195,7 +193,3 @@ def _difference(gaps: np.ndarray, ratio: float, *, lower: bool) -> str:
     low, high = corrected_interval(gaps, ratio)
     verdict = "tie" if low <= 0 <= high else "better" if (mean < 0) == lower else "worse"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

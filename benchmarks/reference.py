@@ -50,6 +50,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from benchmarks.fit import BATCH, LR, POS_WEIGHT, plain_network
+from benchmarks.page import put
 from tune_steel.data import FEATURE_NAMES, load_steel
 from tune_steel.features import Floats, Ints
 from tune_steel.fit import EarlyStopping, prepare_process
@@ -459,13 +460,8 @@ def run(
 @app.command()
 def document() -> None:
     """Writes the published figures between the marks of the page."""
-    text = PAGE.read_text(encoding="utf-8")
     for part, table in PARTS.items():
-        begin, end = f"<!-- {part} -->\n", "<!-- end -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = before + begin + table(PUBLISHED) + end + after
-    PAGE.write_text(text, encoding="utf-8")
+        put(PAGE, f"<!-- {part} -->", "<!-- end -->", table(PUBLISHED))
 
 
 def reported(path: Path) -> str:

@@ -50,6 +50,7 @@ import pyarrow.parquet as pq
 import typer
 from scipy.stats import t as student
 
+from benchmarks.page import put
 from benchmarks.surrogate import Curve, Surrogate
 from benchmarks.virtual import BUDGETS, Mark, Setting, model, replay
 from tune_steel.space import load_space
@@ -207,13 +208,8 @@ def compare(
 @app.command()
 def document() -> None:
     """Writes the published figures between the marks of the page."""
-    text = PAGE.read_text(encoding="utf-8")
     for part in ("replay", "surrogate"):
-        begin, end = f"<!-- {part} -->\n", "<!-- end -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = before + begin + markdown(part) + end + after
-    PAGE.write_text(text, encoding="utf-8")
+        put(PAGE, f"<!-- {part} -->", "<!-- end -->", markdown(part))
 
 
 def markdown(part: str) -> str:

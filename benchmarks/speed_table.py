@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import quality_in_time, speed
+from benchmarks.page import put, row
 from benchmarks.quality_in_time import AUTOGLUON, LIGHTGBM, at
 
 README = Path(__file__).parents[1] / "README.md"
@@ -42,10 +43,7 @@ def publish() -> None:
         pd.read_parquet(quality_in_time.PUBLISHED),
     )
     print(text)
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    put(README, BEGIN, END, text)
 
 
 def render(searches: pd.DataFrame, in_time: pd.DataFrame) -> str:
@@ -70,8 +68,8 @@ def _search(rows: pd.DataFrame) -> Iterator[str]:
         f"{_stand_in(rows)}; {first['machine']}"
     )
     yield ""
-    yield _row("method", *(title for title, _ in _COLUMNS.values()), "ours is")
-    yield _row("---", *["---:"] * (len(_COLUMNS) + 1))
+    yield row("method", *(title for title, _ in _COLUMNS.values()), "ours is")
+    yield row("---", *["---:"] * (len(_COLUMNS) + 1))
     ours = rows[rows["method"] == speed.OURS].set_index("repeat")["trials_per_minute"]
     for method in rows["method"].unique():
         mine = rows[(rows["method"] == method) & rows["note"].isna()]
@@ -84,10 +82,10 @@ def _search(rows: pd.DataFrame) -> Iterator[str]:
             cells.append("-" if missing else _spread(values, digits))
         ratios = (ours / mine.set_index("repeat")["trials_per_minute"]).dropna().to_numpy()
         times = "" if method == speed.OURS else f"{_spread(ratios, 1)} x"
-        yield _row(TITLES[method], *cells, times)
+        yield row(TITLES[method], *cells, times)
     yield ""
-    for row in rows[rows["note"].notna()].itertuples():
-        yield f"- {TITLES[str(row.method)]} was not measured: {row.note}"
+    for missing in rows[rows["note"].notna()].itertuples():
+        yield f"- {TITLES[str(missing.method)]} was not measured: {missing.note}"
 
 
 def _in_time(rows: pd.DataFrame) -> Iterator[str]:
@@ -99,8 +97,8 @@ def _in_time(rows: pd.DataFrame) -> Iterator[str]:
         f"given {most:.0f} s, AutoGluon also shares of it, a run each{_stand_in(rows)}"
     )
     yield ""
-    yield _row("method", *(f"{most * share:.0f} s" for share in _SHARES))
-    yield _row("---", *["---:"] * len(_SHARES))
+    yield row("method", *(f"{most * share:.0f} s" for share in _SHARES))
+    yield row("---", *["---:"] * len(_SHARES))
     for method in done["method"].unique():
         cells = []
         for share in _SHARES:
@@ -110,10 +108,10 @@ def _in_time(rows: pd.DataFrame) -> Iterator[str]:
             ]
             known = [loss for loss in found if loss is not None]
             cells.append(f"{np.median(known):.4f}" if len(known) == len(found) else "-")
-        yield _row(TITLES[method], *cells)
+        yield row(TITLES[method], *cells)
     yield ""
-    for row in rows[rows["note"].notna()].itertuples():
-        yield f"- {TITLES[str(row.method)]}, given {row.given_s:.0f} s: {row.note}"
+    for missing in rows[rows["note"].notna()].itertuples():
+        yield f"- {TITLES[str(missing.method)]}, given {missing.given_s:.0f} s: {missing.note}"
 
 
 def _stand_in(rows: pd.DataFrame) -> str:
@@ -126,10 +124,6 @@ def _spread(values: np.ndarray, digits: int) -> str:
     if len(values) < 2:
         return middle
     return f"{middle} ({values.min():.{digits}f}, {values.max():.{digits}f})"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import gc
 import os
 from pathlib import Path
 
-# Imports make a million objects that live for ever, and collections look through them again and
-# again: a fifth of the time until a worker's first epoch.
+# Imports make 300 000 objects that live for ever, and collections look through them again and
+# again: a third of the time that a worker's imports take.
 gc.set_threshold(50_000)
 # Ray's own tables, loggers and error prints are off, because the progress line and our tables say
 # it; its memory monitor aborts a whole search when it kills one worker; a trial may take a minute
