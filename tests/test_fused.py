@@ -191,7 +191,8 @@ def test_each_update_equals_that_of_torch_on_separate_parameters(name, weight_de
     plain = kind(theirs, lr=0.01, weight_decay=weight_decay, foreach=False, fused=False)
     for step in range(20):
         if step == 10:
-            ours.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.003
+            ours.set_rate(0.003)
+            plain.param_groups[0]["lr"] = 0.003
         backprop.gradients.copy_(normal(len(backprop.gradients), seed=step))
         gradients = parts_of(backprop.gradients, stacked, backprop)
         for parameter, gradient in zip(theirs, gradients.values(), strict=True):

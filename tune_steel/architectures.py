@@ -258,7 +258,8 @@ class StackedNCA(_Embedded):
         if without_itself:
             itself = torch.eye(*distance.shape[1:], dtype=torch.bool, device=distance.device)
             distance = distance.masked_fill(itself, torch.inf)
-        one_hot = functional.one_hot(classes, max(self._outputs, 2)).to(distance.dtype)
+        numbers = torch.arange(max(self._outputs, 2), device=classes.device)
+        one_hot = (classes.unsqueeze(-1) == numbers).to(distance.dtype)
         share = torch.bmm(functional.softmax(-distance, dim=-1), one_hot)
         log_p = torch.log(share + _LEAST_SHARE)
         return log_p[..., 1:] - log_p[..., :1] if self._outputs == 1 else log_p

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tune_steel.architectures import make_network
+from tune_steel.captured import CapturedStep, Step
 from tune_steel.config import TrialConfig
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Floats, Ints
@@ -152,6 +153,8 @@ class Fit:
         self._masked = self.network.dropout > 0 and len(self.network.masked) > 0
         self._context = self.network.context(self._rows_an_epoch)
         self._optimizer = Adam(config.optimizer, self._backprop)
+        on_gpu = self._device.type == "cuda"
+        self._step: Step = CapturedStep(self._plain_step) if on_gpu else self._plain_step
         self._loss = TrainingLoss(config, development, self._device)
         self._scorer = Scorer(development.reference_weights, self._device)
         self.best_state: dict[str, Tensor] | None = None
@@ -207,7 +210,7 @@ class Fit:
 
     def train_epoch(self, learning_rate: float) -> Floats:
         """One pass over the training rows in a new order; the mean training loss [R]."""
-        self._optimizer.param_groups[0]["lr"] = learning_rate
+        self._optimizer.set_rate(learning_rate)
         with self._backprop.mode():
             return self._train_epoch()
 
@@ -227,7 +230,9 @@ class Fit:
             each = y[..., :size].repeat_interleave(self.network.outputs_a_row, dim=-1)
             targets = self._loss.targets(each, self._x.dtype)
             batches = zip(self._rows_of(index), y, *targets, strict=True)
-            logits = torch.stack([self._step(size, *batch) for batch in batches])
+            logits = torch.stack(
+                [self._step(*batch, *self._draw_masks(index.shape[-1])) for batch in batches]
+            )
             total += self._loss.values(logits, targets).sum(0) * size
             seen += len(index) * size
         return (total.double() / seen).cpu().numpy()
@@ -256,16 +261,20 @@ class Fit:
         if rows - whole > 1:
             yield slice(whole, rows), rows - whole
 
-    def _step(self, size: int, x: Tensor, y: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    def _plain_step(
+        self, x: Tensor, y: Tensor, counted: Tensor, weight: Tensor, *masks: Tensor
+    ) -> Tensor:
         """One step on a batch; its logits."""
-        masks = self._masks.draw(x.shape[1]) if self._masked else ()
         if isinstance(self._backprop, Backprop):
             logits = self._backprop.forward(x, masks)
         else:
-            logits = self._backprop.forward(x, y, size, masks)
+            logits = self._backprop.forward(x, y, x.shape[1] - self._context, masks)
         self._backprop.backward(self._loss.gradient(logits, counted, weight))
         self._optimizer.update()
         return logits
+
+    def _draw_masks(self, rows: int) -> list[Tensor]:
+        return self._masks.draw(rows) if self._masked else []
 
     def _rows_of(self, index: Tensor) -> Tensor:
         """Features [..., R, n, D] of the rows at positions [..., R, n]."""

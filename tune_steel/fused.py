@@ -335,12 +335,16 @@ class Adam(torch.optim.Optimizer):
     Attributes:
         moments: Running means of the gradients and of their squares.
         steps: Updates so far.
+        rate: Learning rate.
     """
 
     def __init__(self, config: OptimizerConfig, backprop: Backprop | Recorded) -> None:
         super().__init__([backprop.parameters], {"lr": config.lr})
         self.moments = [torch.zeros_like(backprop.parameters) for _ in range(2)]
         self.steps = torch.zeros((), device=backprop.parameters.device)
+        # On a GPU a number of Python's would be a constant of the recorded step.
+        on_gpu = backprop.parameters.is_cuda
+        self.rate: float | Tensor = self.steps.new_tensor(config.lr) if on_gpu else config.lr
         first, second = self.moments
         self._update = partial(
             torch._fused_adamw_ if config.name == "adamw" else torch._fused_adam_,
@@ -362,10 +366,18 @@ class Adam(torch.optim.Optimizer):
         """Called by torch's constructor; its own imports its compiler: a second and 85 MB."""
         self.param_groups.append({**self.defaults, **param_group})
 
+    def set_rate(self, learning_rate: float) -> None:
+        """Sets the learning rate of the next updates."""
+        self.param_groups[0]["lr"] = learning_rate
+        if isinstance(self.rate, Tensor):
+            self.rate.fill_(learning_rate)
+        else:
+            self.rate = learning_rate
+
     def update(self) -> None:
         """Moves the parameters by one step along the gradients."""
         self.steps.add_(1)
-        self._update(lr=self.param_groups[0]["lr"])
+        self._update(lr=self.rate)
 
 
 def _flat_parameters(network: Network) -> tuple[Tensor, Tensor, _Gradients]:
