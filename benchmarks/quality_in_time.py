@@ -215,38 +215,6 @@ def measure(
     return [row for method in methods for row in method.run(data, table.source, scratch)]
 
 
-def report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The lowest log_loss of each method at some times, and who reached whose end when."""
-    curves: dict[tuple[str, int], list[Point]] = {}
-    lines = []
-    for row in rows:
-        if row.get("note"):
-            lines.append(f"{row['method']}, given {row['given_s']:g} s: {row['note']}")
-        else:
-            points = curves.setdefault((row["method"], row["repeat"]), [])
-            points.append((row["seconds"], row["log_loss"]))
-    if not curves:
-        return "\n".join(lines)
-    last = max(row["given_s"] for row in rows)
-    marks = [last * part for part in (1 / 8, 1 / 4, 1 / 2, 1, 5 / 4)]
-    lines.append(f"lowest log_loss after {', '.join(f'{mark:.0f}' for mark in marks)} s")
-    for method in dict.fromkeys(name for name, _ in curves):
-        cells = []
-        for mark in marks:
-            found = [at(points, mark) for (name, _), points in curves.items() if name == method]
-            known = [loss for loss in found if loss is not None]
-            cells.append(f"{np.median(known):.4f}" if len(known) == len(found) else "-")
-        lines.append(f"  {method:12}" + "  ".join(f"{cell:>6}" for cell in cells))
-    for (other, repeat), points in curves.items():
-        final = min(loss for _, loss in points)
-        if other == OURS or (OURS, repeat) not in curves:
-            continue
-        reached = [s for s, loss in sorted(curves[OURS, repeat]) if loss <= final]
-        took = f"after {reached[0]:.0f} s" if reached else "never"
-        lines.append(f"  ours reached {other}'s lowest of repeat {repeat} ({final:.4f}) {took}")
-    return "\n".join(lines)
-
-
 def at(points: Sequence[Point], seconds: float) -> float | None:
     """The lowest loss by then."""
     return min((loss for when, loss in points if when <= seconds), default=None)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed search
     python -m benchmarks.speed quality-in-time
+    python -m benchmarks.speed table             # what is published, into the README
 
 `search` runs, in turn (A B C D, A B C D, ...):
 
@@ -40,7 +41,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
@@ -55,9 +57,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sklearn.model_selection import StratifiedKFold
 
-from benchmarks import quality_in_time
+from benchmarks import quality_in_time, speed_table
 from benchmarks.peers.training import Request, Trial
 from benchmarks.process import Usage, run
+from benchmarks.quality_in_time import OURS
 from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
 from tune_steel.options import default_grace_period
@@ -72,7 +75,6 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "results" / "published" / "speed.parquet"
 CURVES = ROOT / "benchmarks" / "curves" / "binary.parquet"
 SPACE = ROOT / "benchmarks" / "spaces" / "binary.toml"
-OURS = "tune_steel"
 METHODS = (OURS, "ray", "optuna", "syne")
 MODULES = {
     "ray": "benchmarks.peers.ray_tune",
@@ -334,71 +336,6 @@ def judge_all(rows: Iterable[dict[str, Any]], settings: Mapping[tuple[int, int],
         row["judged_loss"] = losses[row["repeat"], row["params"]]
 
 
-COLUMNS = {
-    "trials_per_minute": ("trials/min", 1),
-    "epochs_per_minute": ("epochs/min", 0),
-    "wall_s": ("wall s", 1),
-    "cpu_s": ("CPU s", 1),
-    "peak_mb": ("peak MB", 0),
-    "target_s": ("to target s", 1),
-    "best_val_loss": ("val_loss", 4),
-    "judged_loss": ("judged", 4),
-}
-
-
-def report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Medians (lowest, highest) of each method, and the medians of its ratios to ours."""
-    lines = []
-    for folds in dict.fromkeys(row["folds"] for row in rows):
-        part = [row for row in rows if row["folds"] == folds]
-        first = part[0]
-        target = next((row["target"] for row in part if row.get("target")), None)
-        lines.append(
-            f"{'one split' if folds == 1 else f'{folds} folds'}, {first['samples']} trials of at "
-            f"most {first['max_epochs']} epochs, {first['workers']} at once, "
-            f"{first['data_source']}{f', target {target:.4f}' if target else ''}"
-        )
-        ours = {row["repeat"]: row for row in part if row["method"] == OURS}
-        for method in dict.fromkeys(row["method"] for row in part):
-            mine = [row for row in part if row["method"] == method]
-            lines += [f"  {method}: {row['note']}" for row in mine if row.get("note")]
-            done = [row for row in mine if not row.get("note")]
-            if not done:
-                continue
-            lines.append(f"  {method}, {len(done)} repeats")
-            for column, (title, digits) in COLUMNS.items():
-                values = [row[column] for row in done if row.get(column) is not None]
-                if not values:
-                    continue
-                spread = f"{np.median(values):.{digits}f}"
-                spread += f" ({min(values):.{digits}f} {max(values):.{digits}f})"
-                if len(values) < len(done):
-                    spread += f", {len(done) - len(values)} never"
-                lines.append(f"    {title:12}{spread:30}{_beside(column, done, ours)}")
-    return "\n".join(lines)
-
-
-def _beside(
-    column: str, rows: Sequence[Mapping[str, Any]], ours: Mapping[int, Mapping[str, Any]]
-) -> str:
-    """Ours beside it, repeat by repeat: a ratio, or for losses a difference."""
-    pairs = [
-        (row[column], ours[row["repeat"]][column])
-        for row in rows
-        if row["method"] != OURS and row["repeat"] in ours
-        if row.get(column) is not None and ours[row["repeat"]].get(column) is not None
-    ]
-    if not pairs:
-        return ""
-    if column.endswith("loss"):
-        differences = [own - other for other, own in pairs]
-        return (
-            f"ours {np.median(differences):+.4f} ({min(differences):+.4f} {max(differences):+.4f})"
-        )
-    ratios = [own / other for other, own in pairs]
-    return f"ours x {np.median(ratios):.2f} ({min(ratios):.2f} {max(ratios):.2f})"
-
-
 @app.command()
 def search(
     folds: Annotated[list[int] | None, typer.Option(help="1 and 5 by default.")] = None,
@@ -441,7 +378,7 @@ def search(
                     print(f"{name}, {count} folds, repeat {repeat}: {said}", file=sys.stderr)
         judge_all(rows, settings)
     write_table(output, others + rows, SCHEMA)
-    print(report(others + rows))
+    print(speed_table.searches(pd.read_parquet(output)))
 
 
 @app.command("quality-in-time")
@@ -467,7 +404,13 @@ def beside_boosters(
         for repeat in range(repeats):
             rows += quality_in_time.measure(seconds, repeat, workers, pythons, Path(scratch))
             write_table(output, rows, quality_in_time.SCHEMA)
-    print(quality_in_time.report(rows))
+    print(speed_table.in_time(pd.read_parquet(output)))
+
+
+@app.command("table")
+def tables() -> None:
+    """Puts what is published into the README."""
+    speed_table.publish(PUBLISHED, quality_in_time.PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The speed benchmark's tables in the README, in Markdown, from its published rows.
+"""The speed benchmark's tables, in Markdown, from the rows of its two files.
 
-python -m benchmarks.speed_table
+`python -m benchmarks.speed table` puts the published ones into the README.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks import quality_in_time, speed
 from benchmarks.page import put, row
-from benchmarks.quality_in_time import AUTOGLUON, LIGHTGBM, at
+from benchmarks.quality_in_time import AUTOGLUON, LIGHTGBM, OURS, at
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: benchmarks/speed_table.py -->", "<!-- end of speed -->"
 TITLES = {
-    speed.OURS: "tune_steel",
+    OURS: "tune_steel",
     "ray": "Ray Tune's documented script",
     "optuna": "plain Optuna, processes",
     "syne": "Syne Tune, local backend",
@@ -36,25 +35,19 @@ _COLUMNS = {
 _SHARES = (1 / 4, 1 / 2, 1.0, 5 / 4)
 
 
-def publish() -> None:
+def publish(searches_file: Path, in_time_file: Path) -> None:
     """Puts the tables between their markers in the README; prints them."""
-    text = render(
-        pd.read_parquet(speed.PUBLISHED),
-        pd.read_parquet(quality_in_time.PUBLISHED),
+    text = (
+        searches(pd.read_parquet(searches_file)) + "\n\n" + in_time(pd.read_parquet(in_time_file))
     )
     print(text)
     put(README, BEGIN, END, text)
 
 
-def render(searches: pd.DataFrame, in_time: pd.DataFrame) -> str:
-    """Both tables.
-
-    Args:
-        searches: `speed.parquet`.
-        in_time: `quality_in_time.parquet`.
-    """
-    parts = [_search(part) for _, part in searches.groupby("folds", sort=False)]
-    return "\n".join(line for part in [*parts, _in_time(in_time)] for line in part).strip()
+def searches(rows: pd.DataFrame) -> str:
+    """A table for each number of folds in `speed.parquet`."""
+    parts = [_search(part) for _, part in rows.groupby("folds", sort=False)]
+    return "\n".join(line for part in parts for line in part).strip()
 
 
 def _search(rows: pd.DataFrame) -> Iterator[str]:
@@ -70,7 +63,7 @@ def _search(rows: pd.DataFrame) -> Iterator[str]:
     yield ""
     yield row("method", *(title for title, _ in _COLUMNS.values()), "ours is")
     yield row("---", *["---:"] * (len(_COLUMNS) + 1))
-    ours = rows[rows["method"] == speed.OURS].set_index("repeat")["trials_per_minute"]
+    ours = rows[rows["method"] == OURS].set_index("repeat")["trials_per_minute"]
     for method in rows["method"].unique():
         mine = rows[(rows["method"] == method) & rows["note"].isna()]
         if mine.empty:
@@ -81,15 +74,19 @@ def _search(rows: pd.DataFrame) -> Iterator[str]:
             missing = len(values) < len(mine)
             cells.append("-" if missing else _spread(values, digits))
         ratios = (ours / mine.set_index("repeat")["trials_per_minute"]).dropna().to_numpy()
-        times = "" if method == speed.OURS else f"{_spread(ratios, 1)} x"
+        times = "" if method == OURS else f"{_spread(ratios, 1)} x"
         yield row(TITLES[method], *cells, times)
     yield ""
     for missing in rows[rows["note"].notna()].itertuples():
         yield f"- {TITLES[str(missing.method)]} was not measured: {missing.note}"
 
 
+def in_time(rows: pd.DataFrame) -> str:
+    """The lowest log-loss of each method at some times, from `quality_in_time.parquet`."""
+    return "\n".join(_in_time(rows)).strip()
+
+
 def _in_time(rows: pd.DataFrame) -> Iterator[str]:
-    """The lowest log-loss of each method at some times."""
     done = rows[rows["note"].isna()]
     most = rows["given_s"].max()
     yield (
@@ -124,7 +121,3 @@ def _spread(values: np.ndarray, digits: int) -> str:
     if len(values) < 2:
         return middle
     return f"{middle} ({values.min():.{digits}f}, {values.max():.{digits}f})"
-
-
-if __name__ == "__main__":
-    publish()

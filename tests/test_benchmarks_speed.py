@@ -153,28 +153,6 @@ def test_the_target_is_the_loss_that_a_tenth_of_the_recorded_configs_reach(
     assert speed.target_loss(short) is None
 
 
-def rows() -> list[dict[str, Any]]:
-    out = []
-    for repeat, (own, other) in enumerate([(60.0, 20.0), (90.0, 45.0), (50.0, 10.0)]):
-        common = {"folds": 1, "repeat": repeat, "samples": 40, "max_epochs": 50, "workers": 2}
-        common |= {"data_source": "stand-in"}
-        loss = {"judged_loss": 0.5 + repeat / 100}
-        out.append(common | {"method": "tune_steel", "trials_per_minute": own} | loss)
-        out.append(common | {"method": "ray", "trials_per_minute": other, "judged_loss": 0.5})
-        out.append(common | {"method": "syne", "note": "exit code 1: No module named 'syne_tune'"})
-    return out
-
-
-def test_the_table_has_medians_ratios_within_repeats_and_who_is_missing() -> None:
-    text = speed.report(rows())
-    assert "one split, 40 trials of at most 50 epochs, 2 at once, stand-in" in text
-    assert "60.0 (50.0 90.0)" in text
-    assert "20.0 (10.0 45.0)" in text
-    assert "ours x 3.00 (2.00 5.00)" in text
-    assert "ours +0.0100 (+0.0000 +0.0200)" in text
-    assert text.count("syne: exit code 1: No module named 'syne_tune'") == 3
-
-
 def test_a_command_is_watched_with_all_that_it_leaves_behind(tmp_path: Path) -> None:
     left = "import time; x = b'1' * 60_000_000; time.sleep(60)"
     code = (
@@ -201,35 +179,17 @@ def test_out_of_fold_log_loss_is_the_mean_of_the_folds() -> None:
     assert quality_in_time.mean_log_loss(fold, y, p) == pytest.approx(expected)
 
 
-def test_the_curves_fall_and_say_who_reached_whom() -> None:
+def test_the_lowest_so_far_falls() -> None:
     assert quality_in_time.lowest_so_far([(3, 0.5), (1, 0.7), (2, 0.8)]) == [(1, 0.7), (3, 0.5)]
-
-    def row(method: str, seconds: float, loss: float) -> dict[str, Any]:
-        values = {"seconds": seconds, "log_loss": loss}
-        return {"method": method, "repeat": 0, "given_s": 40.0, **values}
-
-    lines = quality_in_time.report(
-        [
-            row("tune_steel", 9, 0.6),
-            row("tune_steel", 19, 0.5),
-            row("lightgbm", 8, 0.5),
-            row("lightgbm", 30, 0.4),
-            {"method": "autogluon", "repeat": 0, "given_s": 40.0, "note": "exit code 1: no"},
-        ]
-    ).splitlines()
-    assert lines[0] == "autogluon, given 40 s: exit code 1: no"
-    assert lines[1] == "lowest log_loss after 5, 10, 20, 40, 50 s"
-    assert lines[2].split() == ["tune_steel", "-", "0.6000", "0.5000", "0.5000", "0.5000"]
-    assert lines[3].split() == ["lightgbm", "-", "0.5000", "0.5000", "0.4000", "0.4000"]
-    assert lines[4] == "  ours reached lightgbm's lowest of repeat 0 (0.4000) never"
 
 
 def test_the_readme_shows_what_is_published() -> None:
-    text = speed_table.render(
-        pd.read_parquet(speed.PUBLISHED), pd.read_parquet(quality_in_time.PUBLISHED)
-    )
     shown = speed_table.README.read_text().split(speed_table.BEGIN)[1].split(speed_table.END)[0]
-    assert shown.strip() == text
+    parts = (
+        speed_table.searches(pd.read_parquet(speed.PUBLISHED)),
+        speed_table.in_time(pd.read_parquet(quality_in_time.PUBLISHED)),
+    )
+    assert shown.strip() == "\n\n".join(parts)
 
 
 def test_the_table_s_ratios_are_those_within_a_repeat() -> None:
@@ -249,18 +209,26 @@ def test_the_table_s_ratios_are_those_within_a_repeat() -> None:
             "machine": "m",
         }
 
-    searches = pd.DataFrame(
+    rows = pd.DataFrame(
         [
             *(row("tune_steel", 0, 30.0), row("tune_steel", 1, 20.0)),
             *(row("ray", 0, 10.0), row("ray", 1, 5.0), row("syne", 0, 0.0, "no syne_tune")),
         ]
     )
+    lines = speed_table.searches(rows).splitlines()
+    assert any(line.endswith("| 3.5 (3.0, 4.0) x |") for line in lines)
+    assert "- Syne Tune, local backend was not measured: no syne_tune" in lines
+
+
+def test_the_curves_table_has_the_lowest_loss_by_each_time_and_who_is_missing() -> None:
     curve = {"given_s": 8.0, "repeat": 0, "data_source": "file", "note": None}
     points = [(2.0, 0.5), (4.0, 0.3)]
     in_time = pd.DataFrame(
-        {**curve, "method": "tune_steel", "seconds": s, "log_loss": loss} for s, loss in points
+        [
+            *({**curve, "method": "tune_steel", "seconds": s, "log_loss": p} for s, p in points),
+            {**curve, "method": "autogluon", "note": "exit code 1: no"},
+        ]
     )
-    lines = speed_table.render(searches, in_time).splitlines()
-    assert any(line.endswith("| 3.5 (3.0, 4.0) x |") for line in lines)
-    assert "- Syne Tune, local backend was not measured: no syne_tune" in lines
+    lines = speed_table.in_time(in_time).splitlines()
     assert "| tune_steel | 0.5000 | 0.3000 | 0.3000 | 0.3000 |" in lines
+    assert "- AutoGluon, given 8 s: exit code 1: no" in lines
