@@ -10,14 +10,13 @@ networks predict the rows held out: `folds`, `all`, or the mean of `both`. The m
 by a search that saw all development rows, which flatters all ways alike. The runs are of the
 steel table and a task's own space; `TUNE_STEEL_DATA` names the table.
 
-`results/published/refit.parquet` holds a row for each run, held fold and way. Seconds are those
-of training: for `folds` two seeds of each fold, for `all` five seeds of all rows.
+`results/published/refit.parquet` holds a row for each run, held fold and way. `folds` are two
+seeds of each fold, `all` five seeds on all rows.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +26,11 @@ import pyarrow as pa
 import typer
 
 from tune_steel.data import load_steel
-from tune_steel.ensemble import combine, natural
+from tune_steel.ensemble import combine
 from tune_steel.features import Floats
 from tune_steel.fit import prepare_process
 from tune_steel.loss import class_weights
-from tune_steel.refit import Plan, Refit, member, refit, retrain, validation_rows
+from tune_steel.refit import Plan, Refit, fold_models, member, refit, validation_rows
 from tune_steel.run_folder import git_commit
 from tune_steel.scores import score
 from tune_steel.space import load_space, spaces_folder
@@ -47,7 +46,6 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.string()) for name in ("run", "task", "data_source", "git_commit")),
         *(pa.field(name, pa.int32()) for name in ("fold", "members", "rows")),
         pa.field("networks", pa.string(), metadata={"doc": "folds, all, or both."}),
-        pa.field("seconds", pa.float64(), metadata={"doc": "Of training them, one thread."}),
         *(pa.field(name, pa.float64()) for name in SCORES),
     ]
 )
@@ -65,24 +63,17 @@ def measure(
     positions, _ = validation_rows(development)
     out_of_fold: list[Floats] = []
     predicted: dict[str, list[Floats]] = {"folds": [], "all": [], "both": []}
-    seconds = dict.fromkeys(predicted, 0.0)
     for plan in plans:
-        weights = class_weights(plan.config, development)
-        began = time.perf_counter()
-        *_, again = refit(plan, development, "cpu")
+        *_, again = refit(plan, development, seed, "cpu")
         assert isinstance(again, Refit)
-        of_folds = member(plan, again, development).natural(features).mean(axis=0)
-        between = time.perf_counter()
-        whole = retrain(plan, development, seed, "cpu")
-        of_all = natural(np.log(whole.probabilities(features)), weights).mean(axis=0)
-        ended = time.perf_counter()
-        out_of_fold.append(again.natural(weights))
+        out_of_fold.append(again.natural(class_weights(plan.config, development)))
+        of_folds, of_all = (
+            networks(plan, again, development).natural(features).mean(axis=0)
+            for networks in (fold_models, member)
+        )
         predicted["folds"].append(of_folds)
         predicted["all"].append(of_all)
         predicted["both"].append((of_folds + of_all) / 2)
-        seconds["folds"] += between - began
-        seconds["all"] += ended - between
-        seconds["both"] += ended - began
     combination = combine(np.stack(out_of_fold), development.y[positions])
     rows = []
     for networks, p in predicted.items():
@@ -93,7 +84,6 @@ def measure(
                 "fold": held,
                 "members": len(plans),
                 "rows": len(y),
-                "seconds": seconds[networks],
                 **{name: scores[name] for name in SCORES},
             }
         )
@@ -136,7 +126,7 @@ def main(
             write_table(output, rows, SCHEMA)
             print(f"{record['run']}: fold {held + 1} of {folds}", flush=True)
     frame = pd.DataFrame(rows)
-    means = frame.groupby(["task", "networks"], sort=False)[[*SCORES, "seconds"]].mean()
+    means = frame.groupby(["task", "networks"], sort=False)[list(SCORES)].mean()
     print(means.round(4).to_string())
 
 

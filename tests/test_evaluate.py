@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def again(record: TrialRecord, development: Development) -> tuple[Plan, Refit | str]:
     plan = Plan.of(record)
-    *_, last = refit(plan, development, "cpu")
+    *_, last = refit(plan, development, 0, "cpu")
     assert last is not None
     return plan, last
 
@@ -80,6 +80,9 @@ def test_the_ensemble_stands_first_and_every_rival_has_figures_of_its_own(
     low, high = done.confusion_interval
     assert ((low <= done.confusion) & (done.confusion <= high)).all()
 
+    # The final model's networks are those on all rows.
+    for one in done.model.members:
+        assert [len(network.state_dict()["head.weight"]) for network in one.networks] == [SEEDS]
     facts = done.ensemble
     assert [m.trial for m in facts.members] == [4, 0]
     assert sum(m.weight for m in facts.members) == pytest.approx(1)

@@ -15,6 +15,7 @@ from tune_steel.refit import (
     SEEDS_A_MEMBER,
     Plan,
     Refit,
+    fold_models,
     member,
     refit,
     retrain,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def again(plan: Plan, steel_rows: Rows) -> Refit:
-    *_, last = refit(plan, steel_rows[0], "cpu")
+    *_, last = refit(plan, steel_rows[0], 3, "cpu")
     assert last is not None
     return last
 
@@ -64,7 +65,7 @@ def test_out_of_fold_predictions_are_those_of_the_models_that_did_not_see_the_ro
     development, _ = steel_rows
     plan = Plan.of(trial(decaying_space, development, **{"loss.pos_weight": 3.0}))
     found = again(plan, steel_rows)
-    fitted = member(plan, found, development)
+    fitted = fold_models(plan, found, development)
     positions, fold = validation_rows(development)
     assert sorted(positions) == list(range(len(development.y)))
     p = fitted.log_probabilities(development.features.take(positions))  # [S, k, n, C]
@@ -76,7 +77,7 @@ def test_out_of_fold_predictions_are_those_of_the_models_that_did_not_see_the_ro
     np.testing.assert_allclose(mean[:, 1], (odds / (1 + odds)).mean(axis=0))
 
 
-def test_the_retrained_model_repeats_the_trials_learning_rates_up_to_its_best_epoch(
+def test_networks_on_all_rows_repeat_the_trials_learning_rates_up_to_its_best_epoch(
     decaying_space: Space, steel_rows: Rows
 ) -> None:
     development, _ = steel_rows
@@ -90,9 +91,12 @@ def test_the_retrained_model_repeats_the_trials_learning_rates_up_to_its_best_ep
     )
     for rate in plan.learning_rates:
         by_hand.train_epoch(rate)
-    (network,) = retrain(plan, development, 3, "cpu").networks
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, by_hand.network.state_dict()[name]), name
+    alone = retrain(plan, development, 3, "cpu")
+    for found in (alone, member(plan, again(plan, steel_rows), development)):
+        (network,) = found.networks
+        assert len(found.preprocessing.median) == SEEDS
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensor, by_hand.network.state_dict()[name]), name
 
 
 def test_a_loss_that_is_not_finite_ends_it(decaying_space: Space, steel_rows: Rows) -> None:
@@ -113,9 +117,9 @@ def test_the_time_it_takes_counts_every_seed_and_is_shared_by_the_workers(
         )
 
     plans = [plan(0, 3.0), plan(1, 1.0), plan(2, 2.0)]
-    # 5 seeds on all rows: 5 folds' worth, each a quarter longer, of trials that took 3 and 7.
-    rivals = (3 + 7) * 5 / 4
-    assert seconds_again(plans, [plans[0], plan(9, 7.0)], 5, 1) == pytest.approx(12 + rivals)
-    assert seconds_again(plans, [plans[0], plan(9, 7.0)], 5, 2) == pytest.approx(6 + rivals)
+    # Two seeds of 5 folds, and 5 seeds on all rows: 5 folds' worth, each a quarter longer.
+    each = 2 + 5 / 4
+    assert seconds_again(plans, [plan(9, 7.0)], 5, 1) == pytest.approx(6 * each + 7 * 5 / 4)
+    assert seconds_again(plans, [plan(9, 7.0)], 5, 2) == pytest.approx(3 * each + 7 * 5 / 4)
     # However many workers: the longest member is one task.
-    assert seconds_again(plans, plans[:1], 5, 99) == pytest.approx(6 + 3 * 5 / 4)
+    assert seconds_again(plans, [], 5, 99) == pytest.approx(3 * each)

@@ -254,13 +254,13 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
     assert set(stored) == {member["trial"] for member in told if member["weight"] > 0}
     refits = []
     for plan in plans:
-        *_, again = refit(plan, problem.development, "cpu")
+        *_, again = refit(plan, problem.development, options.seed, "cpu")
         assert again is not None
         refits.append(again.natural(class_weights(plan.config, problem.development)))
         if plan.trial in stored:
-            for state, network in zip(again.states, stored[plan.trial].networks, strict=True):
-                for name, tensor in network.state_dict().items():
-                    assert torch.equal(tensor, state[name]), name
+            (network,) = stored[plan.trial].networks
+            for name, tensor in network.state_dict().items():
+                assert torch.equal(tensor, again.whole[1][name]), name
     positions, _ = validation_rows(problem.development)
     fitted = combine(np.stack(refits), problem.development.y[positions])
     assert fitted.weights.tolist() == [member["weight"] for member in told]

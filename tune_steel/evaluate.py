@@ -24,7 +24,7 @@ from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
 from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member
-from tune_steel.refit import Plan, Refit, member, retrain, validation_rows
+from tune_steel.refit import Plan, Refit, fold_models, member, retrain, validation_rows
 from tune_steel.scores import Interval, bootstrap, confusion, confusion_interval, score
 from tune_steel.seeds import derive
 from tune_steel.splits import Development, SealedTest
@@ -164,7 +164,7 @@ def evaluate(
     """Makes the ensemble, trains its rivals and scores them; opens the test rows.
 
     Args:
-        refits: The members: what training each again gave, or why it gave nothing.
+        refits: The members: what training each again with this seed gave, or why it gave nothing.
         best: The chosen trial.
         default: The trial of the space's default config, if it trained.
         development: The rows that the search saw.
@@ -202,11 +202,11 @@ def evaluate(
         if plan.trial == best.number:
             gap = abs(again.val_loss - plan.val_loss)
             parts = ensemble.blocks("bagged", ensemble.p[position])
-            bagged = member(plan, again, development)
+            bagged = fold_models(plan, again, development)
             entrants.append(_Entrant("bagged", bagged.natural, _fold_scores(parts, development)))
             own = np.exp(again.out_of_fold[0])
             out_of_fold += [*parts, *ensemble.blocks("tuned", own)]
-    trained: dict[int, Member] = {}
+    trained = {plan.trial: member(plan, again, development) for plan, again in kept}
     for name, label, record in (("tuned", "the best trial", best), ("default", _DEFAULT, default)):
         if record is None or record.best is None:
             notes.append(f"{label} is missing below: its trial did not get past an epoch")

@@ -258,22 +258,21 @@ def _refit(
     from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, seconds_again
 
     plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
-    rivals = [Plan.of(ranked[0])]
     default = _default(records)
-    if default is not None and default.number != rivals[0].trial:
-        rivals.append(Plan.of(default))
+    rivals = [Plan.of(default)] if default is not None else []
+    rivals = [rival for rival in rivals if rival.trial not in {plan.trial for plan in plans}]
     seconds = seconds_again(plans, rivals, len(development.folds), concurrency)
     say(
-        f"retraining: the {len(plans)} best trials on the folds with {SEEDS_A_MEMBER} seeds for "
-        f"the ensemble, trial {' and '.join(str(plan.trial) for plan in rivals)} on all rows with "
-        f"{SEEDS}, and boosting; then one look at the test rows; about {seconds:.0f} s and the "
-        "boosting"
+        f"retraining: the {len(plans)} best trials for the ensemble, on the folds with "
+        f"{SEEDS_A_MEMBER} seeds and on all rows with {SEEDS}; the default config and boosting; "
+        f"then one look at the test rows; about {seconds:.0f} s and the boosting"
     )
     try:
         with searcher.times.measure("retraining"):
             refits = refit_trials(
                 plans,
                 development,
+                seed=options.seed,
                 resources=options.resources,
                 max_failures=options.max_failures,
                 concurrency=concurrency,

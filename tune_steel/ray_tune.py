@@ -90,11 +90,12 @@ def refit_trials(
     plans: list[Plan],
     development: Development,
     *,
+    seed: int,
     resources: Resources,
     max_failures: int,
     concurrency: int,
 ) -> list[Refit | str]:
-    """Trains the folds of trials again, side by side; what each gave, or why it gave nothing.
+    """Trains trials again, side by side; what each gave, or why it gave nothing.
 
     Each takes what a trial takes. Workers get the development rows and nothing else.
     """
@@ -111,7 +112,7 @@ def refit_trials(
     while waiting or running:
         while waiting and len(running) < concurrency:
             i = waiting.pop()
-            running[task.remote(plans[i], rows, resources)] = i
+            running[task.remote(plans[i], rows, seed, resources)] = i
         done, _ = ray.wait(list(running), timeout=1)
         check_ray()
         for reference in done:
@@ -126,7 +127,7 @@ def refit_trials(
     return out
 
 
-def _refit_trial(plan: Plan, development: Development, resources: Resources) -> Refit:
+def _refit_trial(plan: Plan, development: Development, seed: int, resources: Resources) -> Refit:
     from tune_steel.fit import prepare_process
     from tune_steel.refit import refit
 
@@ -134,7 +135,7 @@ def _refit_trial(plan: Plan, development: Development, resources: Resources) -> 
     device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
     limit_memory(resources.memory)
     try:
-        *_, last = watched(refit(plan, development, device), resources.epoch_timeout)
+        *_, last = watched(refit(plan, development, seed, device), resources.epoch_timeout)
     finally:
         limit_memory(None)  # Ray needs memory to tell what came of it
     assert last is not None

@@ -1,12 +1,14 @@
-"""Training a trial's config again: on its folds for the ensemble, on all rows for one model.
+"""Training a trial's config again: on its folds, and on all development rows.
 
 Either way for the trial's best epoch count and with the learning rates that it had in those
-epochs, so that nothing is decided anew.
+epochs, so that nothing is decided anew. The folds' networks give the out-of-fold predictions that
+weights and calibration are fitted to; those on all rows predict new rows, because they do it
+better (docs/quality.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,11 +77,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Refit:
-    """What training a trial's folds again gave.
+    """What training a trial again gave.
 
     Attributes:
-        preprocessing: The feature transforms, [k] replicas.
-        states: State of the stacked network of [k] replicas, for each seed.
+        preprocessing: The feature transforms of the folds, [k] replicas.
+        states: State of the folds' stacked network of [k] replicas, for each seed.
+        whole: The feature transforms of all rows and the state of the stacked network that was
+            trained on them, [`SEEDS`] replicas each.
         out_of_fold: Log-probabilities of the validation rows as the networks give them, fold
             after fold, [S, n, C].
         val_loss: Validation loss with the trial's own seeds; the search's, bit for bit, on the
@@ -88,6 +92,7 @@ class Refit:
 
     preprocessing: Preprocessing
     states: tuple[dict[str, Tensor], ...]
+    whole: tuple[Preprocessing, dict[str, Tensor]]
     out_of_fold: Floats
     val_loss: float
 
@@ -101,11 +106,17 @@ class Refit:
         return mean
 
 
-def refit(plan: Plan, development: Development, device: str) -> Iterator[Refit | None]:
-    """Trains a trial's folds again; yields None after each epoch, and at the end what it gave.
+def refit(plan: Plan, development: Development, seed: int, device: str) -> Iterator[Refit | None]:
+    """Trains a trial again; yields None after each epoch, and at the end what it gave.
 
-    Each seed is a stack of its own: with more replicas in one, matrix products may round
-    differently, and the trial's own curve would not come out bit for bit. It takes as long.
+    Each seed of the folds is a stack of its own: with more replicas in one, matrix products may
+    round differently, and the trial's own curve would not come out bit for bit. It takes as long.
+
+    Args:
+        plan: The trial.
+        development: The development rows.
+        seed: Seed of the run, for the networks on all rows.
+        device: A torch device.
 
     Raises:
         NonFiniteLossError: A loss is NaN or infinite.
@@ -113,53 +124,81 @@ def refit(plan: Plan, development: Development, device: str) -> Iterator[Refit |
     folds = development.folds
     states, out_of_fold, losses = [], [], []
     for i in range(SEEDS_A_MEMBER):
-        seed = plan.seed if i == 0 else derive(plan.seed, "refit", i)
-        fit = Fit(plan.config, development, folds, replica_seeds(seed, len(folds)), device)
+        own = plan.seed if i == 0 else derive(plan.seed, "refit", i)
+        fit = Fit(plan.config, development, folds, replica_seeds(own, len(folds)), device)
         yield from _train(plan, fit)
         log_p = [log_probabilities(torch.tensor(part)) for part in fit.validation_logits()]
         losses.append(float(fit.score()["loss"].mean()))
         if not np.isfinite(losses[-1]):
             raise NonFiniteLossError(f"trial {plan.trial} again: the loss is not finite")
-        states.append({name: t.cpu() for name, t in fit.network.state_dict().items()})
+        states.append(_state(fit))
         out_of_fold.append(torch.cat(log_p).numpy())
-    yield Refit(fit.preprocessing, tuple(states), np.stack(out_of_fold), losses[0])
-
-
-def member(plan: Plan, again: Refit, development: Development) -> Member:
-    """The fold models of a trial, on the CPU."""
-    return Member(
-        plan.trial,
-        plan.config,
-        class_weights(plan.config, development),
-        again.preprocessing,
-        tuple(
-            rebuild(plan.config, again.preprocessing, len(development.classes), state)
-            for state in again.states
-        ),
+    whole = _on_all_rows(plan, development, seed, device)
+    yield from _train(plan, whole)
+    yield Refit(
+        fit.preprocessing,
+        tuple(states),
+        (whole.preprocessing, _state(whole)),
+        np.stack(out_of_fold),
+        losses[0],
     )
 
 
-def retrain(plan: Plan, development: Development, seed: int, device: str) -> Member:
-    """Trains a trial's config on all development rows, several seeds in lock-step.
+def member(plan: Plan, again: Refit, development: Development) -> Member:
+    """The networks of a trial on all rows, on the CPU."""
+    preprocessing, state = again.whole
+    return _member(plan, development, preprocessing, [state])
 
-    It takes the trial's best epoch count and, because there are no validation rows left that a
-    plateau could be seen on, the learning rate that the trial had in each of those epochs.
+
+def fold_models(plan: Plan, again: Refit, development: Development) -> Member:
+    """The networks of a trial on its folds, on the CPU."""
+    return _member(plan, development, again.preprocessing, again.states)
+
+
+def retrain(plan: Plan, development: Development, seed: int, device: str) -> Member:
+    """Trains a trial's config on all rows only, as `refit` does.
 
     Raises:
         NonFiniteLossError: The training loss is NaN or infinite.
     """
+    fit = _on_all_rows(plan, development, seed, device)
+    for _ in _train(plan, fit):
+        pass
+    return _member(plan, development, fit.preprocessing, [_state(fit)])
+
+
+def _on_all_rows(plan: Plan, development: Development, seed: int, device: str) -> Fit:
+    """Several seeds in lock-step; no validation rows are left that a plateau could be seen on."""
     everything = np.arange(len(development.y))
-    fit = Fit(
+    return Fit(
         plan.config,
         development,
         [(everything, everything[:0])] * SEEDS,
         [derive(seed, "retrain", i) for i in range(SEEDS)],
         device,
     )
-    for _ in _train(plan, fit):
-        pass
-    weights = class_weights(plan.config, development)
-    return Member(plan.trial, plan.config, weights, fit.preprocessing, (fit.network,))
+
+
+def _state(fit: Fit) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in fit.network.state_dict().items()}
+
+
+def _member(
+    plan: Plan,
+    development: Development,
+    preprocessing: Preprocessing,
+    states: Iterable[dict[str, Tensor]],
+) -> Member:
+    return Member(
+        plan.trial,
+        plan.config,
+        class_weights(plan.config, development),
+        preprocessing,
+        tuple(
+            rebuild(plan.config, preprocessing, len(development.classes), state)
+            for state in states
+        ),
+    )
 
 
 def _train(plan: Plan, fit: Fit) -> Iterator[None]:
@@ -180,11 +219,12 @@ def seconds_again(plans: list[Plan], rivals: list[Plan], folds: int, concurrency
 
     Args:
         plans: The members.
-        rivals: The trials that are retrained on all rows, one after the other.
+        rivals: Trials that are retrained on all rows only, one after the other.
         folds: Folds k of the search.
         concurrency: Members at once.
     """
-    seconds = [plan.seconds * SEEDS_A_MEMBER for plan in plans]
-    refits = max(sum(seconds) / concurrency, *seconds)
     # Each of k folds trains on k - 1 of k parts of the rows, each seed on all of them.
-    return refits + sum(plan.seconds for plan in rivals) * SEEDS / max(folds - 1, 1)
+    whole = SEEDS / max(folds - 1, 1)
+    seconds = [plan.seconds * (SEEDS_A_MEMBER + whole) for plan in plans]
+    refits = max(sum(seconds) / concurrency, *seconds)
+    return refits + sum(plan.seconds for plan in rivals) * whole
