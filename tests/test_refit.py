@@ -54,6 +54,9 @@ def test_the_folds_again_are_the_searchs_bit_for_bit_and_other_seeds_are_others(
     assert len(found.states) == len(found.out_of_fold) == SEEDS_A_MEMBER
     for name, tensor in searched.network.state_dict().items():
         assert torch.equal(tensor, found.states[0][name]), name
+    for state in (*found.states, found.whole[1]):
+        for name, tensor in state.items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} holds more"
     logits = torch.tensor(np.concatenate(searched.validation_logits()))
     assert np.array_equal(found.out_of_fold[0], log_probabilities(logits).numpy())
     assert not np.allclose(found.out_of_fold[0], found.out_of_fold[1])

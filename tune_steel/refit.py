@@ -180,7 +180,8 @@ def _on_all_rows(plan: Plan, development: Development, seed: int, device: str) -
 
 
 def _state(fit: Fit) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in fit.network.state_dict().items()}
+    # Copies: parameters are views of one flat buffer, and each would be sent with all of it.
+    return {name: tensor.cpu().clone() for name, tensor in fit.network.state_dict().items()}
 
 
 def _member(
