@@ -1,6 +1,6 @@
 """Methods that want an environment of their own, whose pins are not ours.
 
-    pip install pytabkit                      (in an environment of its own, without torchvision)
+    pip install pytabkit pyarrow              (in an environment of its own, without torchvision)
     python -m benchmarks.quality --methods TabM,RealMLP --rivals-python .../bin/python
     pip install "autogluon.tabular[all]"      (in another one)
     python -m benchmarks.quality --methods AutoGluon --rivals-python .../bin/python

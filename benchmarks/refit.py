@@ -25,6 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import typer
 
+from benchmarks.page import put, row
 from tune_steel.data import load_steel
 from tune_steel.ensemble import combine
 from tune_steel.features import Floats
@@ -40,7 +41,10 @@ from tune_steel.tables import write_table
 from tune_steel.tasks import STEEL_TASKS, Task, steel_task
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "refit.parquet"
+PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
+BEGIN, END = "<!-- refit: benchmarks/refit.py -->", "<!-- end of refit -->"
 SCORES = ("log_loss", "accuracy", "macro_accuracy", "auroc")
+TITLES = {"folds": "the folds' networks", "all": "networks on all rows", "both": "both, averaged"}
 SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("run", "task", "data_source", "git_commit")),
@@ -122,12 +126,25 @@ def main(
             "git_commit": git_commit(),
         }
         for held in range(folds):
-            rows += [{**base, **row} for row in measure(task, held, plans, seed, folds)]
+            rows += [{**base, **found} for found in measure(task, held, plans, seed, folds)]
             write_table(output, rows, SCHEMA)
             print(f"{record['run']}: fold {held + 1} of {folds}", flush=True)
-    frame = pd.DataFrame(rows)
-    means = frame.groupby(["task", "networks"], sort=False)[list(SCORES)].mean()
-    print(means.round(4).to_string())
+    text = render(pd.read_parquet(output))
+    print(text)
+    if output == PUBLISHED:
+        put(PAGE, BEGIN, END, text)
+
+
+def render(rows: pd.DataFrame) -> str:
+    """A table in Markdown: means over the held folds of each task."""
+    shown = ["log_loss", "accuracy", "macro_accuracy"]
+    means = rows.groupby(["networks", "task"], sort=False)[shown].mean()
+    tasks = rows["task"].unique()
+    lines = [row("log-loss / accuracy / balanced", *tasks), row(*["---"] * (len(tasks) + 1))]
+    for networks, title in TITLES.items():
+        cells = [means.loc[(networks, task)] for task in tasks]
+        lines.append(row(title, *(f"{a:.4f} / {b:.3f} / {c:.3f}" for a, b, c in cells)))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from benchmarks import refit
@@ -48,3 +49,11 @@ def test_a_held_fold_is_predicted_by_networks_that_did_not_see_it(monkeypatch, t
     write_table(
         tmp_path / "t.parquet", [dict.fromkeys(names, "x") | row for row in rows], refit.SCHEMA
     )
+
+
+def test_the_page_shows_what_is_published() -> None:
+    rows = pd.read_parquet(refit.PUBLISHED)
+    shown = refit.PAGE.read_text().split(refit.BEGIN)[1].split(refit.END)[0].strip()
+    assert shown == refit.render(rows)
+    mean = rows[(rows["task"] == "binary") & (rows["networks"] == "all")]["log_loss"].mean()
+    assert f"| networks on all rows | {mean:.4f} /" in shown
