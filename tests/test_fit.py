@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import itertools
 import json
@@ -5,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -719,6 +721,23 @@ def test_training_rows_do_influence_training():
         fit.train_epoch(0.01)
         states.append(state_of(fit))
     assert not same_state(*states)
+
+
+@pytest.mark.parametrize(
+    "model", [{"depth": 1, "width_1": 12}, {"family": "nca", "blocks": 1, "width": 8}]
+)
+def test_a_fit_goes_with_its_last_user(model):
+    development = develop()
+    tree = {"model": model, "optimizer": {"lr": 1e-2, "batch_size": 32}}
+    gc.disable()  # workers collect rarely, and a trial's memory should not wait for it
+    try:
+        fit = Fit(TrialConfig.model_validate(tree), development, development.folds, SEEDS)
+        next(fit.epochs(1))
+        parameters = weakref.ref(fit._backprop.parameters)
+        del fit
+        assert parameters() is None
+    finally:
+        gc.enable()
 
 
 def test_scoring_changes_nothing_of_the_training():

@@ -30,44 +30,51 @@ def cuda_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Non
 class CapturedStep:
     """Calls a step, from the third batch of a shape on as a replay of the second.
 
-    The first runs on a stream of its own, as recording wants it.
+    The first runs on a stream of its own, as recording wants it. The step is given with each call
+    and not kept: it is a method of what keeps this, and the two would outlive their last user.
     """
 
-    def __init__(self, step: Step, record: Record = cuda_graph) -> None:
-        """Wraps a step.
+    def __init__(self, record: Record = cuda_graph) -> None:
+        """Has seen no batch yet.
 
         Args:
-            step: From tensors to a tensor, with whatever effects on memory that stays.
-            record: How it is recorded; `cuda_graph` but in tests on machines without a GPU.
+            record: How a step is recorded; `cuda_graph` but in tests on machines without a GPU.
         """
-        self._step, self._record = step, record
+        self._record = record
         self._seen: set[tuple[torch.Size, ...]] = set()
         self._recorded: dict[
             tuple[torch.Size, ...], tuple[list[Tensor], Tensor, Callable[[], None]]
         ] = {}
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The step's output for these inputs, in memory of its own."""
+    def __call__(self, step: Step, *inputs: Tensor) -> Tensor:
+        """The step's output for these inputs, in memory of its own.
+
+        Args:
+            step: From tensors to a tensor, with whatever effects on memory that stays; the same
+                one in each call.
+            inputs: Its tensors.
+        """
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._seen:
             self._seen.add(shapes)
-            return self._beside(*inputs)
+            return _beside(step, *inputs)
         if shapes not in self._recorded:
             own = [tensor.clone() for tensor in inputs]
-            self._recorded[shapes] = own, *self._record(lambda: self._step(*own))
+            self._recorded[shapes] = own, *self._record(lambda: step(*own))
         own, output, replay = self._recorded[shapes]
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given)
         replay()
         return output.clone()
 
-    def _beside(self, *inputs: Tensor) -> Tensor:
-        if inputs[0].device.type != "cuda":
-            return self._step(*inputs)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        here = torch.cuda.current_stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            output = self._step(*inputs)
-        here.wait_stream(stream)
-        return output
+
+def _beside(step: Step, *inputs: Tensor) -> Tensor:
+    if inputs[0].device.type != "cuda":
+        return step(*inputs)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        output = step(*inputs)
+    here.wait_stream(stream)
+    return output

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tune_steel.architectures import make_network
-from tune_steel.captured import CapturedStep, Step
+from tune_steel.captured import CapturedStep
 from tune_steel.config import TrialConfig
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Floats, Ints
@@ -153,8 +153,7 @@ class Fit:
         self._masked = self.network.dropout > 0 and len(self.network.masked) > 0
         self._context = self.network.context(self._rows_an_epoch)
         self._optimizer = Adam(config.optimizer, self._backprop)
-        on_gpu = self._device.type == "cuda"
-        self._step: Step = CapturedStep(self._plain_step) if on_gpu else self._plain_step
+        self._captured = CapturedStep() if self._device.type == "cuda" else None
         self._loss = TrainingLoss(config, development, self._device)
         self._scorer = Scorer(development.reference_weights, self._device)
         self.best_state: dict[str, Tensor] | None = None
@@ -260,6 +259,11 @@ class Fit:
             yield slice(start, min(start + most, whole)), size
         if rows - whole > 1:
             yield slice(whole, rows), rows - whole
+
+    def _step(self, *inputs: Tensor) -> Tensor:
+        if self._captured is None:
+            return self._plain_step(*inputs)
+        return self._captured(self._plain_step, *inputs)
 
     def _plain_step(
         self, x: Tensor, y: Tensor, counted: Tensor, weight: Tensor, *masks: Tensor
