@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from tune_steel.architectures import StackedNCA, StackedResNet, StackedTabM, make_network
 from tune_steel.config import ModelConfig, OptimizerConfig
-from tune_steel.fused import Adam, Backprop, DropoutMasks, Recorded
+from tune_steel.dropout import DropoutMasks
+from tune_steel.fused import Adam, Backprop, Recorded
 from tune_steel.networks import StackedBatchNorm, StackedMLP
 
 D, ROWS, REPLICAS, OUTPUTS = 5, 24, 2, 3

@@ -19,10 +19,11 @@ from torch import nn
 
 from tune_steel.config import TrialConfig
 from tune_steel.data import Table
+from tune_steel.dropout import DropoutMasks
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features
 from tune_steel.fit import EarlyStopping, Fit, prepare_process
-from tune_steel.fused import Adam, Backprop, DropoutMasks
+from tune_steel.fused import Adam, Backprop
 from tune_steel.loss import TrainingLoss
 from tune_steel.scores import score_names
 from tune_steel.seeds import derive

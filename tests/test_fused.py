@@ -8,7 +8,8 @@ from plain_network import PlainMLP, generators, model_config, normal
 from torch import nn
 
 from tune_steel.config import OptimizerConfig
-from tune_steel.fused import Adam, Backprop, DropoutMasks, _BatchNorm, _Statistics
+from tune_steel.dropout import DropoutMasks
+from tune_steel.fused import Adam, Backprop, _BatchNorm, _Statistics
 from tune_steel.networks import StackedBatchNorm, StackedMLP
 
 FEATURES, ROWS = 5, 13

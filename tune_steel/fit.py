@@ -22,9 +22,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tune_steel.architectures import make_network
 from tune_steel.captured import CapturedStep
 from tune_steel.config import TrialConfig
+from tune_steel.dropout import DropoutMasks
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Floats, Ints
-from tune_steel.fused import Adam, Backprop, DropoutMasks, Recorded
+from tune_steel.fused import Adam, Backprop, Recorded
 from tune_steel.loss import TrainingLoss
 from tune_steel.metrics import IGNORED, Scorer
 from tune_steel.networks import StackedMLP, log_probabilities, output_width

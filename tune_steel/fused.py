@@ -1,9 +1,8 @@
 """A training step of a stacked network in as few calls as it takes.
 
 For the plain perceptron, forward and backward are written out instead of recorded by autograd. All
-parameters are views of one flat buffer that one call of Adam updates, and dropout's random numbers
-are drawn in bulk. On a small network the calls are the time, on a large one what they read and
-write beside the matmuls.
+parameters are views of one flat buffer that one call of Adam updates. On a small network the calls
+are the time, on a large one what they read and write beside the matmuls.
 Nothing here waits for a GPU.
 """
 
@@ -27,7 +26,6 @@ from tune_steel.networks import (
 )
 
 _aten = torch.ops.aten  # the functions that autograd's backward calls
-_UNITS_A_DRAW = 2**15
 _ALIGNMENT = 16  # numbers; 64 bytes in single precision
 _Gradients: TypeAlias = dict[nn.Parameter, Tensor]
 
@@ -275,55 +273,6 @@ class _Statistics:
             shares = [[self._momentum / rows], [self._momentum / (rows - 1)]]
             self._shares[rows] = self._running.new_tensor(shares)
         self._running.mul_(self._kept).addcmul_(self._batch, self._shares[rows])
-
-
-class DropoutMasks:
-    """Draws each replica's dropout masks from that replica's own generator.
-
-    A 16-bit random integer decides each unit, 4 to a 64-bit draw: an eighth of the time of
-    `bernoulli_` on a CPU, and a probability that is right to 2^-16.
-    """
-
-    def __init__(
-        self, widths: Sequence[int], dropout: float, generators: Sequence[torch.Generator]
-    ) -> None:
-        self._widths = list(widths)
-        self._generators = generators
-        dropped = min(round(dropout * 2**16), 2**16 - 1)
-        self._threshold = dropped - 2**15
-        self._scale = 2**16 / (2**16 - dropped)
-        self._rows = 0
-        self._drawn: list[list[Tensor]] = []
-
-    def draw(self, rows: int) -> list[Tensor]:
-        """Masks [R, rows, width] of each hidden layer, scaled so that the mean is 1."""
-        if rows != self._rows or not self._drawn:
-            self._rows, self._drawn = rows, self._batches(rows)
-        return self._drawn.pop()
-
-    def _batches(self, rows: int) -> list[list[Tensor]]:
-        """Masks of several batches: for small networks a call costs more than its numbers.
-
-        How many does not depend on the number of replicas, nor does what a replica draws.
-        """
-        parts = [rows * width for width in self._widths]
-        batches = max(_UNITS_A_DRAW // sum(parts), 1)
-        words = torch.empty(
-            (len(self._generators), -(-batches * sum(parts) // 4)),
-            dtype=torch.int64,
-            device=self._generators[0].device,
-        )
-        for row, generator in zip(words, self._generators, strict=True):
-            row.random_(-(2**63), None, generator=generator)
-        kept = words.view(torch.int16).ge_(self._threshold)[:, : batches * sum(parts)]
-        masks = kept.to(torch.float32).mul_(self._scale)
-        views = [
-            part.view(-1, rows, width)
-            for part, width in zip(
-                torch.split(masks, parts * batches, dim=1), self._widths * batches, strict=True
-            )
-        ]
-        return [views[i : i + len(parts)] for i in range(0, len(views), len(parts))]
 
 
 class Adam(torch.optim.Optimizer):
