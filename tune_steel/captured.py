@@ -41,9 +41,9 @@ class CapturedStep:
             record: How a step is recorded; `cuda_graph` but in tests on machines without a GPU.
         """
         self._record = record
-        self._seen: set[tuple[torch.Size, ...]] = set()
+        # By shapes: the inputs, the output and the replay; None after the first batch.
         self._recorded: dict[
-            tuple[torch.Size, ...], tuple[list[Tensor], Tensor, Callable[[], None]]
+            tuple[torch.Size, ...], tuple[list[Tensor], Tensor, Callable[[], None]] | None
         ] = {}
 
     def __call__(self, step: Step, *inputs: Tensor) -> Tensor:
@@ -55,13 +55,14 @@ class CapturedStep:
             inputs: Its tensors.
         """
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._seen:
-            self._seen.add(shapes)
-            return _beside(step, *inputs)
         if shapes not in self._recorded:
-            own = [tensor.clone() for tensor in inputs]
-            self._recorded[shapes] = own, *self._record(lambda: step(*own))
-        own, output, replay = self._recorded[shapes]
+            self._recorded[shapes] = None
+            return _beside(step, *inputs)
+        found = self._recorded[shapes]
+        if found is None:
+            copies = [tensor.clone() for tensor in inputs]
+            found = self._recorded[shapes] = copies, *self._record(lambda: step(*copies))
+        own, output, replay = found
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given)
         replay()

@@ -206,15 +206,16 @@ def evaluate(
             entrants.append(_Entrant("bagged", bagged.natural, _fold_scores(parts, development)))
             own = np.exp(again.out_of_fold[0])
             out_of_fold += [*parts, *ensemble.blocks("tuned", own)]
-    trained = {plan.trial: member(plan, again, development) for plan, again in kept}
+    on_all_rows = {plan.trial: (plan, again) for plan, again in kept}
     for name, label, record in (("tuned", "the best trial", best), ("default", _DEFAULT, default)):
         if record is None or record.best is None:
             notes.append(f"{label} is missing below: its trial did not get past an epoch")
             continue
         try:
-            if record.number not in trained:
-                trained[record.number] = retrain(Plan.of(record), development, seed, device)
-            one = trained[record.number]
+            if record.number in on_all_rows:
+                one = member(*on_all_rows[record.number], development)
+            else:
+                one = retrain(Plan.of(record), development, seed, device)
             entrants.append(_Entrant(name, one.probabilities, _validation(record)))
         except NonFiniteLossError as error:
             notes.append(f"{label} is missing below: {error}")

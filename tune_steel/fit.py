@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -221,6 +222,7 @@ class Fit:
                 for train, generator in zip(self._train, self._batches, strict=True)
             ]
         ).to(self._device)
+        step = self._step if self._captured is None else partial(self._captured, self._step)
         total = torch.zeros(len(order), dtype=self._x.dtype, device=self._device)
         seen = 0
         # Features and targets of many batches are looked up at once; their losses come after.
@@ -231,7 +233,7 @@ class Fit:
             targets = self._loss.targets(each, self._x.dtype)
             batches = zip(self._rows_of(index), y, *targets, strict=True)
             logits = torch.stack(
-                [self._step(*batch, *self._draw_masks(index.shape[-1])) for batch in batches]
+                [step(*batch, *self._draw_masks(index.shape[-1])) for batch in batches]
             )
             total += self._loss.values(logits, targets).sum(0) * size
             seen += len(index) * size
@@ -261,12 +263,7 @@ class Fit:
         if rows - whole > 1:
             yield slice(whole, rows), rows - whole
 
-    def _step(self, *inputs: Tensor) -> Tensor:
-        if self._captured is None:
-            return self._plain_step(*inputs)
-        return self._captured(self._plain_step, *inputs)
-
-    def _plain_step(
+    def _step(
         self, x: Tensor, y: Tensor, counted: Tensor, weight: Tensor, *masks: Tensor
     ) -> Tensor:
         """One step on a batch; its logits."""
