@@ -39,8 +39,9 @@ def test_pbld_is_cosines_a_linear_layer_and_the_feature_itself():
     for r in range(REPLICAS):
         for feature in range(P):
             value = x[r, :, feature, None]
-            angle = 2 * math.pi * stacked.frequency[r, feature] * value + stacked.phase[r, feature]
-            linear = angle.cos() @ stacked.weight[r, feature] + stacked.bias[r, feature]
+            frequency, phase = stacked.frequency[r, feature, :, 0], stacked.phase[r, feature, :, 0]
+            waves = torch.cos(2 * math.pi * frequency * value + phase)
+            linear = waves @ stacked.weight[r, feature].T + stacked.bias[r, feature, :, 0]
             expected = torch.cat([value, linear], dim=1)
             torch.testing.assert_close(out[r, :, 4 * feature : 4 * feature + 4], expected)
         assert torch.equal(out[r, :, P * 4 :], x[r, :, P:])
@@ -50,10 +51,10 @@ def test_the_gradients_of_pbld_are_those_of_autograd_however_it_is_cut(monkeypat
     stacked = embedding("pbld").double()
     x = rows()[0].double()
     weights = normal(REPLICAS, ROWS, stacked.outputs(D), seed=2).double()
-    value = x[:, :, :P].transpose(1, 2).unsqueeze(-1)
+    value = x[:, :, :P].transpose(1, 2).unsqueeze(2)
     waves = torch.cos(2 * math.pi * stacked.frequency * value + stacked.phase)
-    linear = waves @ stacked.weight + stacked.bias
-    plain = torch.cat([value, linear], dim=-1).transpose(1, 2).flatten(2)
+    linear = stacked.weight @ waves + stacked.bias
+    plain = torch.cat([value, linear], dim=2).flatten(1, 2).transpose(1, 2)
     parameters = list(stacked.parameters())
     expected = torch.autograd.grad((plain * weights[:, :, : P * 4]).sum(), parameters)
     for numbers in (1, ROWS * 6 * 4, 10**6):  # one feature, four, all at a time
@@ -69,9 +70,9 @@ def test_plr_equals_the_authors_layer():
     for r in range(REPLICAS):
         theirs = PeriodicEmbeddings(P, 4, n_frequencies=6, frequency_init_scale=0.5, lite=False)
         with torch.no_grad():
-            theirs.periodic.weight.copy_(stacked.frequency[r, :, 0])
-            theirs.linear.weight.copy_(stacked.weight[r])
-            theirs.linear.bias.copy_(stacked.bias[r, :, 0])
+            theirs.periodic.weight.copy_(stacked.frequency[r, :, :, 0])
+            theirs.linear.weight.copy_(stacked.weight[r].transpose(1, 2))
+            theirs.linear.bias.copy_(stacked.bias[r, :, :, 0])
         expected = theirs(x[r, :, :P]).flatten(1)
         torch.testing.assert_close(out[r, :, : P * 4], expected, rtol=1e-4, atol=1e-5)
 
@@ -97,12 +98,12 @@ def test_piecewise_linear_embeddings_equal_the_authors_with_their_bins(kind):
         most = theirs.linear.weight.shape[1]
         assert most > 2
         with torch.no_grad():
-            theirs.linear0.weight.copy_(stacked.weight[r, :, 0])
-            theirs.linear0.bias.copy_(stacked.bias[r, :, 0])
+            theirs.linear0.weight.copy_(stacked.weight[r, :, :, 0])
+            theirs.linear0.bias.copy_(stacked.bias[r, :, :, 0])
             for feature, edges in enumerate(bins):
                 count = len(edges) - 1
                 # Theirs keeps the last bin of a feature with few of them at the end.
-                ours = stacked.bend[r, feature]
+                ours = stacked.bend[r, feature].T
                 theirs.linear.weight[feature, : count - 1] = ours[: count - 1]
                 theirs.linear.weight[feature, -1] = ours[count - 1]
         expected = theirs(outside[r, :, :P]).flatten(1)

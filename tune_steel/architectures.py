@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tune_steel.config import ModelConfig
 from tune_steel.embeddings import Embedding, make_embedding
+from tune_steel.neighbours import class_shares, class_shares_of_batch
 from tune_steel.networks import (
     ACTIVATIONS,
     Network,
@@ -233,17 +233,17 @@ class StackedNCA(_Embedded):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Logits [R, B, K] of features [R, B, D] by all neighbours."""
-        points = self._points(self.neighbours, ())
-        parts = [
-            self._logits(self._points(part, ()), points, self.classes)
+        neighbours = self._points(self.neighbours, ())
+        one_hot = self._one_hot(self.classes)
+        shares = [
+            class_shares(self._points(part, ()), neighbours, one_hot)
             for part in torch.split(x, _QUERIES_A_CHUNK, dim=1)
         ]
-        return torch.cat(parts, dim=1)
+        return self._logits(torch.cat(shares, dim=1))
 
     def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
         """Logits [R, B, K] of the first B rows; all rows but a row itself are its neighbours."""
-        points = self._points(x, masks)
-        return self._logits(points[:, :batch], points, y, without_itself=True)
+        return self._logits(class_shares_of_batch(self._points(x, masks), batch, self._one_hot(y)))
 
     def _points(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
         x = self.input(self._embed(x))
@@ -251,17 +251,13 @@ class StackedNCA(_Embedded):
             x = block(x, masks[i] if masks else None)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def _logits(
-        self, points: Tensor, neighbours: Tensor, classes: Tensor, *, without_itself: bool = False
-    ) -> Tensor:
-        distance = torch.cdist(points, neighbours)
-        if without_itself:
-            itself = torch.eye(*distance.shape[1:], dtype=torch.bool, device=distance.device)
-            distance = distance.masked_fill(itself, torch.inf)
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        """[R, n] -> [R, C, n]."""
         numbers = torch.arange(max(self._outputs, 2), device=classes.device)
-        one_hot = (classes.unsqueeze(-1) == numbers).to(distance.dtype)
-        share = torch.bmm(functional.softmax(-distance, dim=-1), one_hot)
-        log_p = torch.log(share + _LEAST_SHARE)
+        return (classes.unsqueeze(1) == numbers.unsqueeze(1)).to(self.input.weight.dtype)
+
+    def _logits(self, shares: Tensor) -> Tensor:
+        log_p = torch.log(shares + _LEAST_SHARE)
         return log_p[..., 1:] - log_p[..., :1] if self._outputs == 1 else log_p
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
