@@ -2,12 +2,13 @@
 
     python -m benchmarks.fit
 
-trains the reference network and a small one on the five folds of the binary task, on one core, all
-loops in turn in one process. An epoch is the training of all five networks and their validation
-scores; five networks are five runs of the reference and of the plain loop, and one stacked network
-here. The floor is only the matmuls of the training, on the same shapes. A row of
-`results/published/fit.parquet` is a loop and a network. Times are the CPU time of the one thread,
-because a machine is rarely idle; `TUNE_STEEL_DATA` names the real table, else it is the stand-in.
+trains the reference network, a small one and nearest neighbours on the five folds of the binary
+task, on one core, all loops in turn in one process. An epoch is the training of all five networks
+and their validation scores; five networks are five runs of the reference and of the plain loop,
+and one stacked network here. The floor is only the matmuls of the training, on the same shapes.
+A row of `results/published/fit.parquet` is a loop and a network. Times are the CPU time of the one
+thread, because a machine is rarely idle; `TUNE_STEEL_DATA` names the real table, else it is the
+stand-in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy, BinaryPrecision
 
+from benchmarks import neighbours
 from tune_steel.config import TrialConfig
 from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
@@ -52,6 +54,7 @@ SCHEMA = pa.schema(
         pa.field("wall_ms", pa.float64(), metadata={"doc": "Median wall time of an epoch."}),
         # Medians of the ratios within a repeat.
         pa.field("reference_over_epoch", pa.float64()),
+        pa.field("plain_over_epoch", pa.float64()),
         pa.field("training_over_floor", pa.float64()),
     ]
 )
@@ -65,25 +68,20 @@ def plain_network(inputs: int, widths: Sequence[int], outputs: int) -> nn.Module
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 
 
-class Loop:
+class Loop(Protocol):
     """One epoch of all folds: `train`, then `score`."""
 
-    def __init__(self, widths: Sequence[int], development: Development) -> None:
-        self.widths, self.development = tuple(widths), development
-
-    def train(self) -> None:
-        raise NotImplementedError
+    def train(self) -> None: ...
 
     def score(self) -> list[float]:
         """Validation loss of each fold."""
-        raise NotImplementedError
+        ...
 
 
-class Stacked(Loop):
+class Stacked:
     """This project's fit."""
 
     def __init__(self, widths: Sequence[int], development: Development) -> None:
-        super().__init__(widths, development)
         named = {f"width_{layer}": width for layer, width in enumerate(widths, start=1)}
         tree = {
             "model": {"depth": len(widths), "dropout": DROPOUT, **named},
@@ -101,17 +99,16 @@ class Stacked(Loop):
         return [float(loss) for loss in self.fit.score()["loss"]]
 
 
-class Separate(Loop):
+class Separate:
     """Networks written with torch.nn, one a fold, trained one after the other."""
 
     def __init__(self, widths: Sequence[int], development: Development) -> None:
-        super().__init__(widths, development)
         preprocessing = Stacked(widths, development).fit.preprocessing
         self.x = torch.from_numpy(preprocessing.transform(development.features))
         self.y = torch.tensor(development.y)
         self.folds = [(torch.tensor(train), torch.tensor(val)) for train, val in development.folds]
         inputs = self.x.shape[2]
-        self.networks = [plain_network(inputs, self.widths, 1) for _ in self.folds]
+        self.networks = [plain_network(inputs, widths, 1) for _ in self.folds]
         self.optimizers = [torch.optim.Adam(n.parameters(), lr=LR) for n in self.networks]
         self.criterion = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(POS_WEIGHT))
 
@@ -203,11 +200,11 @@ class Reference(Separate):
         return losses
 
 
-class Floor(Loop):
+class Floor:
     """Only the matmuls of the stacked training, as the fit calls them."""
 
     def __init__(self, widths: Sequence[int], development: Development) -> None:
-        super().__init__(widths, development)
+        self.widths = widths
         self.replicas = len(development.folds)
         rows = min(len(train) for train, _ in development.folds)
         inputs = Stacked(widths, development).fit.preprocessing.width
@@ -250,12 +247,32 @@ LOOPS: dict[str, Callable[[Sequence[int], Development], Loop]] = {
 }
 
 
-def measure(
-    widths: Sequence[int], development: Development, data_source: str, repeats: int
-) -> list[dict[str, Any]]:
-    """Rows of the table for one network."""
+def loops_of(
+    widths: Sequence[int] | None, development: Development
+) -> tuple[str, int, dict[str, Loop]]:
+    """Name, steps an epoch and loops of a perceptron, or of nearest neighbours."""
     torch.manual_seed(0)
-    loops = {name: make(widths, development) for name, make in LOOPS.items()}
+    if widths is None:
+        rows = min(len(train) for train, _ in development.folds)
+        return (
+            "neighbours",
+            -(-rows // neighbours.BATCH),
+            {
+                "plain": neighbours.Plain(development),
+                "stacked": neighbours.Stacked(development),
+            },
+        )
+    made = {name: make(widths, development) for name, make in LOOPS.items()}
+    floor = made["floor"]
+    assert isinstance(floor, Floor)
+    return "-".join(map(str, widths)), len(floor.batches), made
+
+
+def measure(
+    widths: Sequence[int] | None, development: Development, data_source: str, repeats: int
+) -> list[dict[str, Any]]:
+    """Rows of the table for one network; None means nearest neighbours."""
+    network, steps, loops = loops_of(widths, development)
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in loops}
     for repeat in range(repeats + 1):
         for name, loop in loops.items():
@@ -275,24 +292,26 @@ def measure(
     out = []
     for name in loops:
         row: dict[str, Any] = {
-            "network": "-".join(map(str, widths)),
+            "network": network,
             "loop": name,
             "data_source": data_source,
             "versions": f"torch {torch.__version__}",
             "folds": len(development.folds),
             "rows": rows,
-            "steps": len(Floor(widths, development).batches),
+            "steps": steps,
             "repeats": repeats,
             "wall_ms": float(np.median(wall[name])),
-            "reference_over_epoch": float(np.median(epoch["reference"] / epoch[name])),
-            "training_over_floor": float(np.median(training[name] / training["floor"])),
         }
+        if "reference" in loops and name != "floor":
+            faster = np.median(epoch["reference"] / epoch[name])
+            row["reference_over_epoch"] = float(faster)
+        if "floor" in loops:
+            row["training_over_floor"] = float(np.median(training[name] / training["floor"]))
+        row["plain_over_epoch"] = float(np.median(epoch["plain"] / epoch[name]))
         for what, values in (("epoch", epoch[name]), ("training", training[name])):
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
             row |= {f"{what}_ms": middle, f"{what}_ms_low": low, f"{what}_ms_high": high}
             row[f"{what}_ms_best"] = values.min()
-        if name == "floor":
-            row["reference_over_epoch"] = None
         out.append(row)
     return out
 
@@ -307,21 +326,30 @@ def main(
     table = load_steel(None, "auto" if given else "stand-in")
     task = steel_task(table, "binary")
     development, _, _ = prepare(task, freeze(task, seed=0, split=task.split, folds=5))
-    rows = [row for n in NETWORKS for row in measure(n, development, table.source, repeats)]
+    rows = [
+        row for n in (*NETWORKS, None) for row in measure(n, development, table.source, repeats)
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_table(output, rows, SCHEMA)
     print(f"{table.source}, one thread, CPU time, median of {repeats} (middle half)")
-    print("network      loop       epoch ms             training ms          faster  x floor")
+    print(
+        f"{'network':13}{'loop':9}{'epoch ms':^23}{'training ms':^23}"
+        f"{'reference/it':>13}{'plain/it':>10}{'x floor':>9}"
+    )
     for r in pq.read_table(output).to_pylist():
         spans = "".join(
             f"{r[f'{what}_ms']:7.1f} ({r[f'{what}_ms_low']:6.1f} {r[f'{what}_ms_high']:6.1f})"
             for what in ("epoch", "training")
         )
-        faster = r["reference_over_epoch"]
-        print(
-            f"{r['network']:12} {r['loop']:9}{spans}"
-            f"{'' if faster is None else f'{faster:.1f}':>7}{r['training_over_floor']:9.2f}"
+        ratios = (
+            "-".rjust(width) if r[ratio] is None else f"{r[ratio]:{width}.2f}"
+            for ratio, width in (
+                ("reference_over_epoch", 13),
+                ("plain_over_epoch", 10),
+                ("training_over_floor", 9),
+            )
         )
+        print(f"{r['network']:12} {r['loop']:9}{spans}{''.join(ratios)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import fit
+from benchmarks import fit, neighbours
 from tune_steel.data import load_steel
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tasks import steel_task
@@ -30,11 +30,19 @@ def test_a_row_for_each_network_and_loop_with_times_and_ratios_that_agree(
     fit.main(repeats=1, output=output)
     rows: list[dict[str, Any]] = pq.read_table(output).to_pylist()
     assert [(r["network"], r["loop"]) for r in rows] == [
-        (network, loop)
-        for network in ("6-5", "4")
-        for loop in ("reference", "plain", "stacked", "floor")
+        *(
+            (network, loop)
+            for network in ("6-5", "4")
+            for loop in ("reference", "plain", "stacked", "floor")
+        ),
+        ("neighbours", "plain"),
+        ("neighbours", "stacked"),
     ]
-    for block in (rows[:4], rows[4:]):
+    for row in rows[8:]:
+        assert row["steps"] == -(-row["rows"] // 256)
+        assert row["plain_over_epoch"] == pytest.approx(rows[8]["epoch_ms"] / row["epoch_ms"])
+        assert row["reference_over_epoch"] is row["training_over_floor"] is None
+    for block in (rows[:4], rows[4:8]):
         reference, *_, floor = block
         for row in block:
             assert row["data_source"] == "stand-in"
@@ -54,7 +62,7 @@ def test_a_row_for_each_network_and_loop_with_times_and_ratios_that_agree(
         assert reference["reference_over_epoch"] == floor["training_over_floor"] == 1
     printed = capsys.readouterr().out
     assert "stand-in" in printed
-    assert printed.count("reference") == 2
+    assert printed.count(" reference ") == 2
 
 
 def test_all_loops_learn_alike(development: Development) -> None:
@@ -68,6 +76,18 @@ def test_all_loops_learn_alike(development: Development) -> None:
         after[loop] = np.mean(made.score())
         assert after[loop] < 0.95 * before, loop
     assert after[fit.Stacked] == pytest.approx(after[fit.Plain], rel=0.05)
+
+
+def test_both_loops_of_nearest_neighbours_learn_alike(development: Development) -> None:
+    torch.manual_seed(0)
+    after = []
+    for made in (neighbours.Plain(development), neighbours.Stacked(development)):
+        before = np.mean(made.score())
+        for _ in range(8):
+            made.train()
+        after.append(np.mean(made.score()))
+        assert after[-1] < 0.85 * before, made
+    assert after[1] == pytest.approx(after[0], rel=0.05)
 
 
 def test_the_floor_has_the_flops_of_the_matmuls(development: Development) -> None:
