@@ -31,7 +31,7 @@ from tune_steel.ensemble import combine
 from tune_steel.features import Floats
 from tune_steel.fit import prepare_process
 from tune_steel.loss import class_weights
-from tune_steel.refit import Plan, Refit, fold_models, member, refit, validation_rows
+from tune_steel.refit import Networks, Plan, Refit, member, refit, retrain, validation_rows
 from tune_steel.run_folder import git_commit
 from tune_steel.scores import score
 from tune_steel.space import load_space, spaces_folder
@@ -68,12 +68,14 @@ def measure(
     out_of_fold: list[Floats] = []
     predicted: dict[str, list[Floats]] = {"folds": [], "all": [], "both": []}
     for plan in plans:
-        *_, again = refit(plan, development, seed, "cpu")
+        *_, again = refit(plan, development, "cpu")
+        *_, whole = retrain(plan, development, "cpu", seed=seed)
         assert isinstance(again, Refit)
+        assert isinstance(whole, Networks)
         out_of_fold.append(again.natural(class_weights(plan.config, development)))
         of_folds, of_all = (
-            networks(plan, again, development).natural(features).mean(axis=0)
-            for networks in (fold_models, member)
+            member(plan, networks, development).natural(features).mean(axis=0)
+            for networks in (again.networks, whole)
         )
         predicted["folds"].append(of_folds)
         predicted["all"].append(of_all)

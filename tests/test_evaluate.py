@@ -1,6 +1,9 @@
 """The final evaluation, rule by rule."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from tune_steel.boosting import Boosting
 from tune_steel.ensemble import ThresholdRule
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.evaluate import Evaluation, evaluate
-from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, Refit, refit
+from tune_steel.finalists import Finalists, train_finalists
+from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, refit, retrain
 from tune_steel.scores import decide, score
 from tune_steel.seeds import derive
 from tune_steel.space import Space
@@ -21,22 +25,43 @@ from tune_steel.study import TrialRecord
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def again(record: TrialRecord, development: Development) -> tuple[Plan, Refit | str]:
-    plan = Plan.of(record)
-    *_, last = refit(plan, development, 0, "cpu")
-    assert last is not None
-    return plan, last
+def train(how: Any, plans: Sequence[Plan], development: Development) -> list[Any]:
+    """A `Trainer` in this process."""
+    results: list[Any] = []
+    for plan in plans:
+        try:
+            *_, last = how(plan, development, "cpu")
+            results.append(last)
+        except NonFiniteLossError as error:
+            results.append(str(error))
+    return results
+
+
+def finalists(
+    trials: list[TrialRecord],
+    default: TrialRecord | None,
+    development: Development,
+    rule: ThresholdRule = "none",
+    train: Callable[..., list[Any]] = train,
+) -> Finalists:
+    """Trials trained again, the best one first."""
+    rivals = [Plan.of(r) for r in (trials[0], default) if r is not None and r.best is not None]
+    plans = [Plan.of(record) for record in trials]
+    trainer = partial(train, development=development)
+    return train_finalists(plans, rivals, development, 0, rule, trainer)
 
 
 def run(
-    refits: list[tuple[Plan, Refit | str]],
-    best: TrialRecord,
+    trials: list[TrialRecord],
     default: TrialRecord | None,
     steel_rows: Rows,
     rule: ThresholdRule = "none",
+    train: Callable[..., list[Any]] = train,
 ) -> Evaluation:
-    given = {"seed": 0, "data_source": "stand-in", "device": "cpu"}
-    return evaluate(refits, best, default, *steel_rows, **given, rule=rule)  # type: ignore[arg-type]
+    """Their evaluation."""
+    development, sealed = steel_rows
+    found = finalists(trials, default, development, rule, train)
+    return evaluate(found, trials[0], default, development, sealed, seed=0, data_source="stand-in")
 
 
 def names(done: Evaluation) -> list[str]:
@@ -65,8 +90,7 @@ def test_the_ensemble_stands_first_and_every_rival_has_figures_of_its_own(
     best = trial(
         decaying_space, development, number=4, **{"optimizer.lr": 0.03, "loss.pos_weight": 3.0}
     )
-    refits = [again(best, development), again(default, development)]
-    done = run(refits, best, default, steel_rows)
+    done = run([best, default], default, steel_rows)
     assert names(done) == ["ensemble", "bagged", "tuned", "default", "boosting"]
     assert done.notes == []
     ensemble, bagged, tuned, beside, _ = done.models
@@ -104,7 +128,7 @@ def test_a_chosen_threshold_decides_the_ensembles_scores_and_no_other(
     decaying_space: Space, steel_rows: Rows
 ) -> None:
     best = trial(decaying_space, steel_rows[0], number=4)
-    done = run([again(best, steel_rows[0])], best, None, steel_rows, "balanced")
+    done = run([best], None, steel_rows, "balanced")
     threshold = done.model.combination.threshold
     assert threshold is not None
     assert threshold != 0.5
@@ -121,7 +145,14 @@ def test_a_default_that_is_the_winner_is_not_trained_twice_and_scores_the_same(
     decaying_space: Space, steel_rows: Rows
 ) -> None:
     default = trial(decaying_space, steel_rows[0])
-    done = run([again(default, steel_rows[0])], default, default, steel_rows)
+    trained: list[int] = []
+
+    def once(how: Any, plans: Sequence[Plan], development: Development) -> list[Any]:
+        trained.extend(plan.trial for plan in plans)
+        return train(how, plans, development)
+
+    done = run([default], default, steel_rows, train=once)
+    assert trained == [0, 0]  # on the folds, and on all rows
     assert names(done)[2:4] == ["tuned", "default"]
     assert np.array_equal(done.models[2].probabilities, done.models[3].probabilities)
 
@@ -135,8 +166,17 @@ def test_what_cannot_be_trained_again_costs_the_rest_nothing_and_is_said(
     broken = other.config.model_copy(
         update={"loss": other.config.loss.model_copy(update={"pos_weight": 3e38})}
     )
-    refits = [(Plan.of(best), "its worker died"), again(other, development)]
-    done = run(refits, best, replace(other, number=0, config=broken), steel_rows)
+
+    def dies(how: Any, plans: Sequence[Plan], development: Development) -> list[Any]:
+        results = train(how, plans, development)
+        folds = how is refit
+        return [
+            "its worker died" if folds and plan.trial == 4 else result
+            for plan, result in zip(plans, results, strict=True)
+        ]
+
+    default = replace(other, number=0, config=broken)
+    done = run([best, other], default, steel_rows, train=dies)
     assert names(done) == ["ensemble", "tuned", "boosting"]
     assert [m.trial for m in done.ensemble.members] == [5]
     assert done.reproduction_gap is None
@@ -146,19 +186,63 @@ def test_what_cannot_be_trained_again_costs_the_rest_nothing_and_is_said(
     assert "is not finite" in done.notes[1]
 
 
+def test_a_member_without_networks_on_all_rows_leaves_its_weight_to_others(
+    decaying_space: Space, steel_rows: Rows
+) -> None:
+    development, _ = steel_rows
+    trials = [
+        trial(decaying_space, development, number=number, **{"optimizer.lr": lr})
+        for number, lr in ((4, 0.1), (5, 0.03), (6, 0.003))
+    ]
+    facts = finalists(trials, None, development).ensemble.facts()
+    weights = {m.trial: m.weight for m in facts.members}
+    heaviest = max(weights, key=lambda number: weights[number])
+    asked: list[list[int]] = []
+
+    def fails(how: Any, plans: Sequence[Plan], development: Development) -> list[Any]:
+        asked.append([plan.trial for plan in plans])
+        results = train(how, plans, development)
+        folds = how is refit
+        return [
+            result if folds or plan.trial != heaviest else "it diverged"
+            for plan, result in zip(plans, results, strict=True)
+        ]
+
+    done = run(trials, None, steel_rows, train=fails)
+    left = [number for number in (4, 5, 6) if number != heaviest]
+    assert [m.trial for m in done.ensemble.members] == left
+    assert sum(m.weight for m in done.ensemble.members) == pytest.approx(1)
+    assert done.notes[0] == f"trial {heaviest} is missing in the ensemble: it diverged"
+    if heaviest == 4:
+        assert "the best trial is missing below: it diverged" in done.notes
+    # Nothing is trained twice, and on all rows only what has a weight or is a rival.
+    assert asked[0] == [4, 5, 6]
+    on_all_rows = [number for numbers in asked[1:] for number in numbers]
+    assert len(on_all_rows) == len(set(on_all_rows))
+    used = {m.trial for m in done.ensemble.members if m.weight > 0}
+    assert set(on_all_rows) == used | {n for n, w in weights.items() if w > 0} | {4}
+
+
 def test_a_default_without_an_epoch_is_said(decaying_space: Space, steel_rows: Rows) -> None:
     best = trial(decaying_space, steel_rows[0], number=4)
     failed = replace(best, number=0, state="FAIL", epochs=[])
-    done = run([again(best, steel_rows[0])], best, failed, steel_rows)
+    done = run([best], failed, steel_rows)
     assert names(done) == ["ensemble", "bagged", "tuned", "boosting"]
     assert "its trial did not get past an epoch" in done.notes[0]
 
 
+@pytest.mark.parametrize("where", [refit, retrain])
 def test_without_a_member_the_test_rows_stay_sealed(
-    decaying_space: Space, steel_rows: Rows
+    decaying_space: Space, steel_rows: Rows, where: Callable[..., Any]
 ) -> None:
     development, sealed = steel_rows
     best = trial(decaying_space, development)
+
+    def diverges(how: Any, plans: Sequence[Plan], development: Development) -> list[Any]:
+        if getattr(how, "func", how) is where:
+            return ["it diverged"] * len(plans)
+        return train(how, plans, development)
+
     with pytest.raises(NonFiniteLossError, match=r"no member of the ensemble .* it diverged"):
-        run([(Plan.of(best), "it diverged")], best, None, steel_rows)
+        run([best], None, steel_rows, train=diverges)
     sealed.open()  # would raise if it had been opened

@@ -13,9 +13,9 @@ from tune_steel.networks import log_probabilities
 from tune_steel.refit import (
     SEEDS,
     SEEDS_A_MEMBER,
+    Networks,
     Plan,
     Refit,
-    fold_models,
     member,
     refit,
     retrain,
@@ -30,7 +30,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def again(plan: Plan, steel_rows: Rows) -> Refit:
-    *_, last = refit(plan, steel_rows[0], 3, "cpu")
+    *_, last = refit(plan, steel_rows[0], "cpu")
+    assert last is not None
+    return last
+
+
+def on_all_rows(plan: Plan, steel_rows: Rows) -> Networks:
+    *_, last = retrain(plan, steel_rows[0], "cpu", seed=3)
     assert last is not None
     return last
 
@@ -51,10 +57,11 @@ def test_the_folds_again_are_the_searchs_bit_for_bit_and_other_seeds_are_others(
     folds = development.folds
     searched = Fit(record.config, development, folds, replica_seeds(record.seed, len(folds)))
     list(searched.epochs(best["epoch"]))
-    assert len(found.states) == len(found.out_of_fold) == SEEDS_A_MEMBER
+    states = found.networks.states
+    assert len(states) == len(found.out_of_fold) == SEEDS_A_MEMBER
     for name, tensor in searched.network.state_dict().items():
-        assert torch.equal(tensor, found.states[0][name]), name
-    for state in (*found.states, found.whole[1]):
+        assert torch.equal(tensor, states[0][name]), name
+    for state in (*states, *on_all_rows(plan, steel_rows).states):
         for name, tensor in state.items():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} holds more"
     logits = torch.tensor(np.concatenate(searched.validation_logits()))
@@ -68,7 +75,7 @@ def test_out_of_fold_predictions_are_those_of_the_models_that_did_not_see_the_ro
     development, _ = steel_rows
     plan = Plan.of(trial(decaying_space, development, **{"loss.pos_weight": 3.0}))
     found = again(plan, steel_rows)
-    fitted = fold_models(plan, found, development)
+    fitted = member(plan, found.networks, development)
     positions, fold = validation_rows(development)
     assert sorted(positions) == list(range(len(development.y)))
     p = fitted.log_probabilities(development.features.take(positions))  # [S, k, n, C]
@@ -94,12 +101,11 @@ def test_networks_on_all_rows_repeat_the_trials_learning_rates_up_to_its_best_ep
     )
     for rate in plan.learning_rates:
         by_hand.train_epoch(rate)
-    alone = retrain(plan, development, 3, "cpu")
-    for found in (alone, member(plan, again(plan, steel_rows), development)):
-        (network,) = found.networks
-        assert len(found.preprocessing.median) == SEEDS
-        for name, tensor in network.state_dict().items():
-            assert torch.equal(tensor, by_hand.network.state_dict()[name]), name
+    found = member(plan, on_all_rows(plan, steel_rows), development)
+    (network,) = found.networks
+    assert len(found.preprocessing.median) == SEEDS
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, by_hand.network.state_dict()[name]), name
 
 
 def test_a_loss_that_is_not_finite_ends_it(decaying_space: Space, steel_rows: Rows) -> None:
@@ -108,7 +114,7 @@ def test_a_loss_that_is_not_finite_ends_it(decaying_space: Space, steel_rows: Ro
     with pytest.raises(NonFiniteLossError, match="trial 0 again"):
         again(broken, steel_rows)
     with pytest.raises(NonFiniteLossError, match="trial 0 again"):
-        retrain(broken, steel_rows[0], 0, "cpu")
+        on_all_rows(broken, steel_rows)
 
 
 def test_the_time_it_takes_counts_every_seed_and_is_shared_by_the_workers(
@@ -120,9 +126,10 @@ def test_the_time_it_takes_counts_every_seed_and_is_shared_by_the_workers(
         )
 
     plans = [plan(0, 3.0), plan(1, 1.0), plan(2, 2.0)]
-    # Two seeds of 5 folds, and 5 seeds on all rows: 5 folds' worth, each a quarter longer.
-    each = 2 + 5 / 4
-    assert seconds_again(plans, [plan(9, 7.0)], 5, 1) == pytest.approx(6 * each + 7 * 5 / 4)
-    assert seconds_again(plans, [plan(9, 7.0)], 5, 2) == pytest.approx(3 * each + 7 * 5 / 4)
+    # Two seeds of 5 folds; and 5 seeds on all rows: 5 folds' worth, each a quarter longer.
+    whole = 5 / 4
+    rival = [plan(9, 7.0)]
+    assert seconds_again(plans, rival, 5, 1) == pytest.approx(6 * 2 + (6 + 7) * whole)
+    assert seconds_again(plans, rival, 5, 2) == pytest.approx(3 * 2 + 7 * whole)
     # However many workers: the longest member is one task.
-    assert seconds_again(plans, [], 5, 99) == pytest.approx(3 * each)
+    assert seconds_again(plans, [], 5, 99) == pytest.approx(3 * (2 + whole))

@@ -22,7 +22,7 @@ from tune_steel.loss import class_weights
 from tune_steel.options import Options
 from tune_steel.predict import load_model
 from tune_steel.problem import Problem, load, resolve
-from tune_steel.refit import Plan, refit, validation_rows
+from tune_steel.refit import Plan, refit, retrain, validation_rows
 from tune_steel.scores import score
 from tune_steel.searcher import StudySearcher
 from tune_steel.study import open_study
@@ -254,13 +254,15 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
     assert set(stored) == {member["trial"] for member in told if member["weight"] > 0}
     refits = []
     for plan in plans:
-        *_, again = refit(plan, problem.development, options.seed, "cpu")
+        *_, again = refit(plan, problem.development, "cpu")
         assert again is not None
         refits.append(again.natural(class_weights(plan.config, problem.development)))
         if plan.trial in stored:
+            *_, whole = retrain(plan, problem.development, "cpu", seed=options.seed)
+            assert whole is not None
             (network,) = stored[plan.trial].networks
             for name, tensor in network.state_dict().items():
-                assert torch.equal(tensor, again.whole[1][name]), name
+                assert torch.equal(tensor, whole.states[0][name]), name
     positions, _ = validation_rows(problem.development)
     fitted = combine(np.stack(refits), problem.development.y[positions])
     assert fitted.weights.tolist() == [member["weight"] for member in told]

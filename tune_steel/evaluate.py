@@ -12,62 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tune_steel.boosting import Boosting
-from tune_steel.ensemble import (
-    Calibration,
-    Combination,
-    ThresholdRule,
-    combine,
-    cross_fit,
-    log_loss,
-)
-from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Features, Floats, Ints
-from tune_steel.loss import class_weights
+from tune_steel.finalists import EnsembleFacts, Finalists, OutOfFold
 from tune_steel.predict import FittedModel, Member
-from tune_steel.refit import Plan, Refit, fold_models, member, retrain, validation_rows
+from tune_steel.refit import Plan, member
 from tune_steel.scores import Interval, bootstrap, confusion, confusion_interval, score
 from tune_steel.seeds import derive
 from tune_steel.splits import Development, SealedTest
 from tune_steel.study import TrialRecord
-
-
-@dataclass(frozen=True)
-class Membership:
-    """A trial that was refitted for the ensemble.
-
-    Attributes:
-        trial: Its number.
-        family: Its family of networks.
-        weight: Its weight in the ensemble; 0 where the selection left it out.
-        log_loss: Out-of-fold log-loss of its fold models, at natural class frequencies.
-    """
-
-    trial: int
-    family: str
-    weight: float
-    log_loss: float
-
-
-@dataclass(frozen=True)
-class EnsembleFacts:
-    """How the ensemble came about; `ensemble` in `run.json`.
-
-    Attributes:
-        members: Every trial that was refitted, best validation loss first.
-        calibration: What is done to the logits of the weighted average.
-        threshold: Two classes: above which probability a row counts as of the second one.
-        log_loss: Of the out-of-fold predictions that weights and calibration were fitted to.
-        cross_fitted_log_loss: Of weights and calibration that were fitted to the other folds.
-        cross_fitted: False with a single split, where no other rows are left: then the two are
-            the same, and the validation scores flatter.
-    """
-
-    members: tuple[Membership, ...]
-    calibration: Calibration
-    threshold: float | None
-    log_loss: float
-    cross_fitted_log_loss: float
-    cross_fitted: bool
 
 
 @dataclass
@@ -87,25 +39,6 @@ class Scored:
     intervals: dict[str, Interval]
     seed_scores: dict[str, Floats]
     validation: dict[str, float]
-
-
-@dataclass(frozen=True)
-class OutOfFold:
-    """A model's predictions of the validation rows of one fold.
-
-    Attributes:
-        model: `ensemble`, `bagged` or `tuned`.
-        fold: The fold, from 0.
-        rows: Indices in the original table [N].
-        y: Classes [N].
-        probabilities: By models that did not see these rows [N, C].
-    """
-
-    model: str
-    fold: int
-    rows: Ints
-    y: Ints
-    probabilities: Floats
 
 
 @dataclass
@@ -150,7 +83,7 @@ class _Entrant:
 
 
 def evaluate(
-    refits: Sequence[tuple[Plan, Refit | str]],
+    finalists: Finalists,
     best: TrialRecord,
     default: TrialRecord | None,
     development: Development,
@@ -158,35 +91,29 @@ def evaluate(
     *,
     seed: int,
     data_source: str,
-    device: str,
-    rule: ThresholdRule,
 ) -> Evaluation:
-    """Makes the ensemble, trains its rivals and scores them; opens the test rows.
+    """Puts the ensemble and its rivals together and scores them; opens the test rows.
 
     Args:
-        refits: The members: what training each again with this seed gave, or why it gave nothing.
+        finalists: What training members and rivals again gave.
         best: The chosen trial.
-        default: The trial of the space's default config, if it trained.
+        default: The trial of the space's default config, if there is one.
         development: The rows that the search saw.
         sealed: The test rows, unopened.
         seed: Seed of the run.
         data_source: Where the table came from.
-        device: `cpu` or `cuda`.
-        rule: How the ensemble's decision threshold is chosen.
-
-    Raises:
-        NonFiniteLossError: No member is left.
     """
+    ensemble = finalists.ensemble
     notes = [
-        f"trial {plan.trial} is missing in the ensemble: {why}"
-        for plan, why in refits
-        if isinstance(why, str)
+        f"trial {trial} is missing in the ensemble: {why}"
+        for trial, why in finalists.left_out.items()
     ]
-    kept = [(plan, again) for plan, again in refits if isinstance(again, Refit)]
-    if not kept:
-        raise NonFiniteLossError(f"no member of the ensemble could be trained again; {notes[0]}")
-    ensemble = _Ensemble(kept, development, rule)
-    model = FittedModel(development.classes, ensemble.members(), ensemble.used(), data_source)
+
+    def on_all_rows(plan: Plan) -> Member:
+        return member(plan, finalists.networks[plan.trial], development)
+
+    members = tuple(on_all_rows(plan) for plan in ensemble.chosen())
+    model = FittedModel(development.classes, members, ensemble.used(), data_source)
     out_of_fold = ensemble.out_of_fold()
     entrants = [
         _Entrant(
@@ -198,27 +125,22 @@ def evaluate(
     ]
     # A rival that cannot be trained is left out and said; it costs the ensemble nothing.
     gap = None
-    for position, (plan, again) in enumerate(kept):
+    for position, (plan, again) in enumerate(finalists.refits):
         if plan.trial == best.number:
             gap = abs(again.val_loss - plan.val_loss)
             parts = ensemble.blocks("bagged", ensemble.p[position])
-            bagged = fold_models(plan, again, development)
+            bagged = member(plan, again.networks, development)
             entrants.append(_Entrant("bagged", bagged.natural, _fold_scores(parts, development)))
             own = np.exp(again.out_of_fold[0])
             out_of_fold += [*parts, *ensemble.blocks("tuned", own)]
-    on_all_rows = {plan.trial: (plan, again) for plan, again in kept}
     for name, label, record in (("tuned", "the best trial", best), ("default", _DEFAULT, default)):
         if record is None or record.best is None:
             notes.append(f"{label} is missing below: its trial did not get past an epoch")
-            continue
-        try:
-            if record.number in on_all_rows:
-                one = member(*on_all_rows[record.number], development)
-            else:
-                one = retrain(Plan.of(record), development, seed, device)
+        elif record.number in finalists.networks:
+            one = on_all_rows(Plan.of(record))
             entrants.append(_Entrant(name, one.probabilities, _validation(record)))
-        except NonFiniteLossError as error:
-            notes.append(f"{label} is missing below: {error}")
+        else:
+            notes.append(f"{label} is missing below: {finalists.without_networks[record.number]}")
     try:
         boosting = Boosting(development, seed)
         entrants.append(_Entrant("boosting", boosting.probabilities, boosting.validation()))
@@ -258,71 +180,6 @@ def evaluate(
 
 
 _DEFAULT = "the default config"
-
-
-class _Ensemble:
-    """The members that were trained again, and their combination.
-
-    Attributes:
-        p: Out-of-fold probabilities of the members at natural frequencies [M, n, C].
-        cross_fitted: Of each fold, the probabilities and threshold that the other folds gave.
-    """
-
-    def __init__(
-        self, kept: list[tuple[Plan, Refit]], development: Development, rule: ThresholdRule
-    ) -> None:
-        self._kept = kept
-        self._development = development
-        self._positions, self._fold = validation_rows(development)
-        self._y = development.y[self._positions]
-        self.p = np.stack(
-            [again.natural(class_weights(plan.config, development)) for plan, again in kept]
-        )
-        self._combination = combine(self.p, self._y, rule)
-        self.cross_fitted = cross_fit(self.p, self._y, self._fold, rule)
-
-    def used(self) -> Combination:
-        """The combination of the members with a weight."""
-        whole = self._combination
-        return Combination(whole.weights[whole.weights > 0], whole.calibration, whole.threshold)
-
-    def members(self) -> tuple[Member, ...]:
-        """The members with a weight."""
-        return tuple(
-            member(plan, again, self._development)
-            for (plan, again), weight in zip(self._kept, self._combination.weights, strict=True)
-            if weight > 0
-        )
-
-    def out_of_fold(self) -> list[OutOfFold]:
-        """The cross-fitted predictions."""
-        return self.blocks("ensemble", np.concatenate([p for p, _ in self.cross_fitted]))
-
-    def blocks(self, model: str, p: Floats) -> list[OutOfFold]:
-        """Probabilities [n, C] of all validation rows, cut into folds."""
-        return [
-            OutOfFold(model, fold, self._development.rows[val], self._development.y[val], p[part])
-            for fold, (_, val) in enumerate(self._development.folds)
-            for part in [self._fold == fold]
-        ]
-
-    def facts(self) -> EnsembleFacts:
-        """How it came about."""
-        whole = self._combination
-        crossed = np.concatenate([p for p, _ in self.cross_fitted])
-        return EnsembleFacts(
-            members=tuple(
-                Membership(
-                    plan.trial, plan.config.model.family, float(weight), log_loss(p, self._y)
-                )
-                for (plan, _), weight, p in zip(self._kept, whole.weights, self.p, strict=True)
-            ),
-            calibration=whole.calibration,
-            threshold=whole.threshold,
-            log_loss=log_loss(whole.apply(self.p), self._y),
-            cross_fitted_log_loss=log_loss(crossed, self._y),
-            cross_fitted=len(self._development.folds) > 1,
-        )
 
 
 def _fold_scores(

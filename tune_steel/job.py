@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from tune_steel.terminal import say, show
 from tune_steel.warm_start import Beginning, beginning, first_configs
 
 if TYPE_CHECKING:
-    from tune_steel.refit import Plan, Refit
+    from tune_steel.finalists import Finalists
     from tune_steel.searcher import StudySearcher
 
 # The driver imports Ray Tune while Ray starts, and torch when the workers have done their part.
@@ -142,9 +143,9 @@ def _run(
             _search(options, searcher, problem.development, folder, concurrency)
         with searcher.times.measure("tables"):
             folder.write_trials(searcher.records)
-        refits = _refit(options, searcher, problem.development, folder, concurrency)
+        finalists = _train_again(options, searcher, problem.development, folder, concurrency)
         session.end()
-        return _finish(options, problem, folder, searcher, refits)
+        return _finish(options, problem, folder, searcher, finalists)
     except BaseException as error:
         if (folder.path / "run.json").exists():
             state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -239,47 +240,51 @@ def _search(
         )
 
 
-def _refit(
+def _train_again(
     options: Options,
     searcher: StudySearcher,
     development: Development,
     folder: RunFolder,
     concurrency: int,
-) -> list[tuple[Plan, Refit | str]]:
-    """Trains the members of the ensemble again; none where no trial has a score."""
+) -> Finalists | None:
+    """Trains members and rivals again; None where no trial has a score."""
     from tune_steel.choice import candidates, members
 
     records = searcher.records
     ranked = candidates(records, options)
     if not ranked:
-        return []
+        return None
+    import ray
+
     from tune_steel.ensemble import MEMBERS
-    from tune_steel.ray_tune import refit_trials
+    from tune_steel.finalists import train_finalists
+    from tune_steel.ray_tune import train_again
     from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, seconds_again
 
     plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
     default = _default(records)
-    rivals = [Plan.of(default)] if default is not None else []
-    rivals = [rival for rival in rivals if rival.trial not in {plan.trial for plan in plans}]
-    seconds = seconds_again(plans, rivals, len(development.folds), concurrency)
+    rivals = [Plan.of(record) for record in (ranked[0], default) if record is not None]
+    seconds = seconds_again(plans, rivals[1:], len(development.folds), concurrency)
     say(
-        f"retraining: the {len(plans)} best trials for the ensemble, on the folds with "
-        f"{SEEDS_A_MEMBER} seeds and on all rows with {SEEDS}; the default config and boosting; "
-        f"then one look at the test rows; about {seconds:.0f} s and the boosting"
+        f"retraining: the {len(plans)} best trials for the ensemble on the folds, with "
+        f"{SEEDS_A_MEMBER} seeds; those with a weight in it, and the default config, on all rows, "
+        f"with {SEEDS}; boosting; then one look at the test rows; at most about {seconds:.0f} s "
+        "and the boosting"
+    )
+    train = partial(
+        train_again,
+        rows=ray.put(development),
+        resources=options.resources,
+        max_failures=options.max_failures,
+        concurrency=concurrency,
     )
     try:
         with searcher.times.measure("retraining"):
-            refits = refit_trials(
-                plans,
-                development,
-                seed=options.seed,
-                resources=options.resources,
-                max_failures=options.max_failures,
-                concurrency=concurrency,
+            return train_finalists(
+                plans, rivals, development, options.seed, options.threshold, train
             )
-    except SearchFailedError as error:
+    except (SearchFailedError, NonFiniteLossError) as error:
         raise SearchFailedError(f"{error}; go on with --resume {folder.path}") from error
-    return list(zip(plans, refits, strict=True))
 
 
 def _default(records: list[TrialRecord]) -> TrialRecord | None:
@@ -292,14 +297,14 @@ def _finish(
     problem: Problem,
     folder: RunFolder,
     searcher: StudySearcher,
-    refits: list[tuple[Plan, Refit | str]],
+    finalists: Finalists | None,
 ) -> int:
     """Evaluates what was refitted, writes everything, then prints it; returns the exit code."""
     from tune_steel.choice import choose
 
     records, signal, times = searcher.records, searcher.stop.signal, searcher.times
     best = choose(records, options)
-    if best is None:
+    if best is None or finalists is None:
         return _nothing_to_score(folder, searcher)
     from tune_steel.evaluate import evaluate
     from tune_steel.fit import prepare_process
@@ -309,23 +314,18 @@ def _finish(
     # As many threads as a trial had: their number changes the last bits.
     prepare_process(options.resources.threads)
     # Counted before it is done: a run that is killed here may have seen them.
-    looks, gpus = folder.record.get("looks_at_test", 0) + 1, options.resources.gpus_per_trial
+    looks = folder.record.get("looks_at_test", 0) + 1
     folder.write_record(looks_at_test=looks)
-    try:
-        with times.measure("test"):
-            evaluation = evaluate(
-                refits,
-                best,
-                _default(records),
-                problem.development,
-                problem.sealed,
-                seed=options.seed,
-                data_source=problem.table.source,
-                device="cuda" if gpus > 0 and options.address is None else "cpu",
-                rule=options.threshold,
-            )
-    except NonFiniteLossError as error:
-        raise SearchFailedError(str(error)) from error
+    with times.measure("test"):
+        evaluation = evaluate(
+            finalists,
+            best,
+            _default(records),
+            problem.development,
+            problem.sealed,
+            seed=options.seed,
+            data_source=problem.table.source,
+        )
     with times.measure("tables"):
         folder.write_evaluation(evaluation)
     profile = breakdown(times)

@@ -7,10 +7,10 @@ import tune_steel.ray_environment  # noqa: F401
 import copy
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray import tune
@@ -28,7 +28,9 @@ from tune_steel.terminal import say
 from tune_steel.trainable import train_trial
 
 if TYPE_CHECKING:
-    from tune_steel.refit import Plan, Refit
+    from tune_steel.refit import Plan
+
+T = TypeVar("T")
 
 
 def run_trials(
@@ -86,33 +88,38 @@ def run_trials(
             progress.close()
 
 
-def refit_trials(
-    plans: list[Plan],
-    development: Development,
+def train_again(
+    how: Callable[[Plan, Development, str], Iterator[T | None]],
+    plans: Sequence[Plan],
+    rows: ray.ObjectRef[Development],
     *,
-    seed: int,
     resources: Resources,
     max_failures: int,
     concurrency: int,
-) -> list[Refit | str]:
-    """Trains trials again, side by side; what each gave, or why it gave nothing.
+) -> list[T | str]:
+    """A `finalists.Trainer`, with Ray: each task takes what a trial takes.
 
-    Each takes what a trial takes. Workers get the development rows and nothing else.
+    Args:
+        how: As of `Trainer`.
+        plans: The trials.
+        rows: The development rows; workers get nothing else.
+        resources: What a trial takes.
+        max_failures: How often a task whose worker died is tried again.
+        concurrency: Tasks at once.
     """
-    rows = ray.put(development)
-    task = ray.remote(_refit_trial).options(
+    task: Any = ray.remote(_train_again).options(
         num_cpus=resources.cpus_per_trial,
         num_gpus=resources.gpus_per_trial,
         max_retries=max_failures,
     )
     # The longest first, so that no worker begins one when the others are done.
     waiting = sorted(range(len(plans)), key=lambda i: plans[i].seconds)
-    running: dict[ray.ObjectRef[Refit], int] = {}
-    out: list[Refit | str] = [""] * len(plans)
+    running: dict[ray.ObjectRef[T], int] = {}
+    out: list[T | str] = [""] * len(plans)
     while waiting or running:
         while waiting and len(running) < concurrency:
             i = waiting.pop()
-            running[task.remote(plans[i], rows, seed, resources)] = i
+            running[task.remote(how, plans[i], rows, resources)] = i
         done, _ = ray.wait(list(running), timeout=1)
         check_ray()
         for reference in done:
@@ -127,15 +134,19 @@ def refit_trials(
     return out
 
 
-def _refit_trial(plan: Plan, development: Development, seed: int, resources: Resources) -> Refit:
+def _train_again(
+    how: Callable[[Plan, Development, str], Iterator[T | None]],
+    plan: Plan,
+    development: Development,
+    resources: Resources,
+) -> T:
     from tune_steel.fit import prepare_process
-    from tune_steel.refit import refit
 
     prepare_process(resources.threads)
     device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
     limit_memory(resources.memory)
     try:
-        *_, last = watched(refit(plan, development, seed, device), resources.epoch_timeout)
+        *_, last = watched(how(plan, development, device), resources.epoch_timeout)
     finally:
         limit_memory(None)  # Ray needs memory to tell what came of it
     assert last is not None

@@ -1,4 +1,4 @@
-"""Training a trial's config again: on its folds, and on all development rows.
+"""Training a trial's config again: on its folds, or on all development rows.
 
 Either way for the trial's best epoch count and with the learning rates that it had in those
 epochs, so that nothing is decided anew. The folds' networks give the out-of-fold predictions that
@@ -8,7 +8,7 @@ better (docs/quality.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,23 +76,32 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Refit:
-    """What training a trial again gave.
+class Networks:
+    """Trained networks as a worker sends them.
 
     Attributes:
-        preprocessing: The feature transforms of the folds, [k] replicas.
-        states: State of the folds' stacked network of [k] replicas, for each seed.
-        whole: The feature transforms of all rows and the state of the stacked network that was
-            trained on them, [`SEEDS`] replicas each.
+        preprocessing: The feature transforms, [R] replicas.
+        states: State of the stacked network of [R] replicas, for each seed that was a stack of
+            its own.
+    """
+
+    preprocessing: Preprocessing
+    states: tuple[dict[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What training a trial again on its folds gave.
+
+    Attributes:
+        networks: Of [k] replicas, for each seed.
         out_of_fold: Log-probabilities of the validation rows as the networks give them, fold
             after fold, [S, n, C].
         val_loss: Validation loss with the trial's own seeds; the search's, bit for bit, on the
             same kind of machine.
     """
 
-    preprocessing: Preprocessing
-    states: tuple[dict[str, Tensor], ...]
-    whole: tuple[Preprocessing, dict[str, Tensor]]
+    networks: Networks
     out_of_fold: Floats
     val_loss: float
 
@@ -106,16 +115,15 @@ class Refit:
         return mean
 
 
-def refit(plan: Plan, development: Development, seed: int, device: str) -> Iterator[Refit | None]:
-    """Trains a trial again; yields None after each epoch, and at the end what it gave.
+def refit(plan: Plan, development: Development, device: str) -> Iterator[Refit | None]:
+    """Trains a trial again on its folds; yields None after each epoch, and at the end the result.
 
-    Each seed of the folds is a stack of its own: with more replicas in one, matrix products may
-    round differently, and the trial's own curve would not come out bit for bit. It takes as long.
+    Each seed is a stack of its own: with more replicas in one, matrix products may round
+    differently, and the trial's own curve would not come out bit for bit. It takes as long.
 
     Args:
         plan: The trial.
         development: The development rows.
-        seed: Seed of the run, for the networks on all rows.
         device: A torch device.
 
     Raises:
@@ -133,73 +141,54 @@ def refit(plan: Plan, development: Development, seed: int, device: str) -> Itera
             raise NonFiniteLossError(f"trial {plan.trial} again: the loss is not finite")
         states.append(_state(fit))
         out_of_fold.append(torch.cat(log_p).numpy())
-    whole = _on_all_rows(plan, development, seed, device)
-    yield from _train(plan, whole)
-    yield Refit(
-        fit.preprocessing,
-        tuple(states),
-        (whole.preprocessing, _state(whole)),
-        np.stack(out_of_fold),
-        losses[0],
-    )
+    yield Refit(Networks(fit.preprocessing, tuple(states)), np.stack(out_of_fold), losses[0])
 
 
-def member(plan: Plan, again: Refit, development: Development) -> Member:
-    """The networks of a trial on all rows, on the CPU."""
-    preprocessing, state = again.whole
-    return _member(plan, development, preprocessing, [state])
+def retrain(
+    plan: Plan, development: Development, device: str, *, seed: int
+) -> Iterator[Networks | None]:
+    """Trains a trial's config on all rows, as `refit` does on the folds.
 
+    Several seeds in lock-step; no validation rows are left that a plateau could be seen on.
 
-def fold_models(plan: Plan, again: Refit, development: Development) -> Member:
-    """The networks of a trial on its folds, on the CPU."""
-    return _member(plan, development, again.preprocessing, again.states)
-
-
-def retrain(plan: Plan, development: Development, seed: int, device: str) -> Member:
-    """Trains a trial's config on all rows only, as `refit` does.
+    Args:
+        plan: The trial.
+        development: The development rows.
+        device: A torch device.
+        seed: Seed of the run.
 
     Raises:
         NonFiniteLossError: The training loss is NaN or infinite.
     """
-    fit = _on_all_rows(plan, development, seed, device)
-    for _ in _train(plan, fit):
-        pass
-    return _member(plan, development, fit.preprocessing, [_state(fit)])
-
-
-def _on_all_rows(plan: Plan, development: Development, seed: int, device: str) -> Fit:
-    """Several seeds in lock-step; no validation rows are left that a plateau could be seen on."""
     everything = np.arange(len(development.y))
-    return Fit(
+    fit = Fit(
         plan.config,
         development,
         [(everything, everything[:0])] * SEEDS,
         [derive(seed, "retrain", i) for i in range(SEEDS)],
         device,
     )
+    yield from _train(plan, fit)
+    yield Networks(fit.preprocessing, (_state(fit),))
+
+
+def member(plan: Plan, networks: Networks, development: Development) -> Member:
+    """The networks of a trial, on the CPU, ready to predict."""
+    return Member(
+        plan.trial,
+        plan.config,
+        class_weights(plan.config, development),
+        networks.preprocessing,
+        tuple(
+            rebuild(plan.config, networks.preprocessing, len(development.classes), state)
+            for state in networks.states
+        ),
+    )
 
 
 def _state(fit: Fit) -> dict[str, Tensor]:
     # Copies: parameters are views of one flat buffer, and each would be sent with all of it.
     return {name: tensor.cpu().clone() for name, tensor in fit.network.state_dict().items()}
-
-
-def _member(
-    plan: Plan,
-    development: Development,
-    preprocessing: Preprocessing,
-    states: Iterable[dict[str, Tensor]],
-) -> Member:
-    return Member(
-        plan.trial,
-        plan.config,
-        class_weights(plan.config, development),
-        preprocessing,
-        tuple(
-            rebuild(plan.config, preprocessing, len(development.classes), state)
-            for state in states
-        ),
-    )
 
 
 def _train(plan: Plan, fit: Fit) -> Iterator[None]:
@@ -216,16 +205,19 @@ def validation_rows(development: Development) -> tuple[Ints, Ints]:
 
 
 def seconds_again(plans: list[Plan], rivals: list[Plan], folds: int, concurrency: int) -> float:
-    """What it takes to train members and rivals again, from what the trials took.
+    """What it takes at most to train members and rivals again, from what the trials took.
 
     Args:
-        plans: The members.
-        rivals: Trials that are retrained on all rows only, one after the other.
+        plans: The members: on their folds, and if all of them get a weight, on all rows.
+        rivals: Trials that are trained on all rows only.
         folds: Folds k of the search.
-        concurrency: Members at once.
+        concurrency: Trials at once.
     """
+
+    def side_by_side(seconds: list[float]) -> float:
+        return max(sum(seconds) / concurrency, *seconds)
+
+    on_folds = side_by_side([SEEDS_A_MEMBER * plan.seconds for plan in plans])
     # Each of k folds trains on k - 1 of k parts of the rows, each seed on all of them.
     whole = SEEDS / max(folds - 1, 1)
-    seconds = [plan.seconds * (SEEDS_A_MEMBER + whole) for plan in plans]
-    refits = max(sum(seconds) / concurrency, *seconds)
-    return refits + sum(plan.seconds for plan in rivals) * whole
+    return on_folds + side_by_side([whole * plan.seconds for plan in (*plans, *rivals)])

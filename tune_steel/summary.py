@@ -10,7 +10,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tune_steel.evaluate import EnsembleFacts, Evaluation, Scored
+from tune_steel.evaluate import Evaluation, Scored
+from tune_steel.finalists import EnsembleFacts
 from tune_steel.scores import Interval
 from tune_steel.study import TrialRecord
 
