@@ -22,9 +22,8 @@ from tune_steel.refit import (
     seconds_again,
     validation_rows,
 )
-from tune_steel.seeds import derive
+from tune_steel.seeds import derive, replica_seeds
 from tune_steel.space import Space
-from tune_steel.trainable import replica_seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,11 +24,12 @@ from tune_steel.fit import Fit
 from tune_steel.job import begin
 from tune_steel.scheduler import KeepsReference, SchedulerName, make_scheduler, rungs
 from tune_steel.searcher import StudySearcher
+from tune_steel.seeds import replica_seeds
 from tune_steel.space import parse_space
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.study import METRIC, TrialRecord
 from tune_steel.tasks import own_task
-from tune_steel.trainable import replica_seeds, report_row
+from tune_steel.trainable import report_row
 from tune_steel.warm_start import Beginning
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

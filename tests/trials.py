@@ -3,11 +3,11 @@
 from typing import Any, TypeAlias
 
 from tune_steel.fit import Fit
-from tune_steel.seeds import derive
+from tune_steel.seeds import derive, replica_seeds
 from tune_steel.space import Space
 from tune_steel.splits import Development, SealedTest
 from tune_steel.study import TrialRecord
-from tune_steel.trainable import replica_seeds, report_row
+from tune_steel.trainable import report_row
 
 Rows: TypeAlias = tuple[Development, SealedTest]
 

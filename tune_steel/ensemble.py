@@ -13,7 +13,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from tune_steel.features import Floats, Ints
@@ -123,6 +122,9 @@ def calibrate(p: Floats, y: Ints) -> Calibration:
         p: Probabilities [n, C].
         y: Class indices [n].
     """
+    # Half a second to import, which the workers that train members need not spend.
+    from scipy.optimize import minimize
+
     rows, logits = np.arange(len(y)), _logits(p)
     rarity = -np.log(np.maximum(np.bincount(y, minlength=p.shape[1]), 1) / len(y))
 

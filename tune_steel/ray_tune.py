@@ -18,7 +18,6 @@ from ray.exceptions import RayError, WorkerCrashedError
 
 from tune_steel.budget import Stop
 from tune_steel.errors import SearchFailedError
-from tune_steel.limits import limit_memory, watched
 from tune_steel.options import Resources
 from tune_steel.progress import ProgressLine
 from tune_steel.scheduler import KeepsReference
@@ -107,7 +106,10 @@ def train_again(
         max_failures: How often a task whose worker died is tried again.
         concurrency: Tasks at once.
     """
-    task: Any = ray.remote(_train_again).options(
+    # What workers run is in a room without Ray Tune, which would take them a second to import.
+    from tune_steel.refit import train_in_worker
+
+    task: Any = ray.remote(train_in_worker).options(
         num_cpus=resources.cpus_per_trial,
         num_gpus=resources.gpus_per_trial,
         max_retries=max_failures,
@@ -132,25 +134,6 @@ def train_again(
             except RayError as error:
                 out[i] = str(error).strip().splitlines()[-1]
     return out
-
-
-def _train_again(
-    how: Callable[[Plan, Development, str], Iterator[T | None]],
-    plan: Plan,
-    development: Development,
-    resources: Resources,
-) -> T:
-    from tune_steel.fit import prepare_process
-
-    prepare_process(resources.threads)
-    device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
-    limit_memory(resources.memory)
-    try:
-        *_, last = watched(how(plan, development, device), resources.epoch_timeout)
-    finally:
-        limit_memory(None)  # Ray needs memory to tell what came of it
-    assert last is not None
-    return last
 
 
 def check_ray() -> None:

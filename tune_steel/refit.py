@@ -8,9 +8,9 @@ better (docs/quality.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -20,17 +20,20 @@ from tune_steel.config import TrialConfig
 from tune_steel.ensemble import natural
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Floats, Ints
-from tune_steel.fit import Fit
+from tune_steel.fit import Fit, prepare_process
+from tune_steel.limits import limit_memory, watched
 from tune_steel.loss import class_weights
 from tune_steel.networks import log_probabilities
 from tune_steel.predict import Member, rebuild
 from tune_steel.preprocess import Preprocessing
-from tune_steel.seeds import derive
+from tune_steel.seeds import derive, replica_seeds
 from tune_steel.splits import Development
-from tune_steel.trainable import replica_seeds
 
 if TYPE_CHECKING:
+    from tune_steel.options import Resources
     from tune_steel.study import TrialRecord
+
+T = TypeVar("T")
 
 SEEDS = 5
 """Networks that are trained on all development rows in lock-step and averaged."""
@@ -170,6 +173,31 @@ def retrain(
     )
     yield from _train(plan, fit)
     yield Networks(fit.preprocessing, (_state(fit),))
+
+
+def train_in_worker(
+    how: Callable[[Plan, Development, str], Iterator[T | None]],
+    plan: Plan,
+    development: Development,
+    resources: Resources,
+) -> T:
+    """Trains a trial again within the limits of a trial; what `how` gave at the end.
+
+    Args:
+        how: `refit`, or `retrain` of a seed.
+        plan: The trial.
+        development: The development rows.
+        resources: What a trial takes.
+    """
+    prepare_process(resources.threads)
+    device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
+    limit_memory(resources.memory)
+    try:
+        *_, last = watched(how(plan, development, device), resources.epoch_timeout)
+    finally:
+        limit_memory(None)  # Ray needs memory to tell what came of it
+    assert last is not None
+    return last
 
 
 def member(plan: Plan, networks: Networks, development: Development) -> Member:

@@ -14,3 +14,8 @@ def derive(*parts: int | str) -> int:
     """
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def replica_seeds(trial_seed: int, replicas: int) -> list[int]:
+    """The seed of each replica of a trial."""
+    return [derive(trial_seed, "replica", r) for r in range(replicas)]

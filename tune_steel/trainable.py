@@ -13,16 +13,11 @@ from ray import tune
 
 from tune_steel.config import TrialConfig
 from tune_steel.limits import limit_memory, watched
-from tune_steel.seeds import derive
+from tune_steel.seeds import replica_seeds
 from tune_steel.splits import Development
 
 if TYPE_CHECKING:
     from tune_steel.fit import EpochRecord
-
-
-def replica_seeds(trial_seed: int, replicas: int) -> list[int]:
-    """The seed of each replica of a trial."""
-    return [derive(trial_seed, "replica", r) for r in range(replicas)]
 
 
 def report_row(record: EpochRecord) -> dict[str, Any]:
