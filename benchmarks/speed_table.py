@@ -1,4 +1,4 @@
-"""The speed benchmark's tables, in Markdown, from the rows of its two files.
+"""The speed benchmarks' tables, in Markdown, from the rows of their files.
 
 `python -m benchmarks.speed table` puts the published ones into the README.
 """
@@ -32,14 +32,19 @@ _COLUMNS = {
     "target_s": ("to the target, s", 0),
     "judged_loss": ("loss on other folds", 4),
 }
+_LOOPS = {
+    "reference": "reference's loop",
+    "plain": "plain loop",
+    "stacked": "tune_steel",
+    "floor": "its training's matmuls alone",
+}
 _SHARES = (1 / 4, 1 / 2, 1.0, 5 / 4)
 
 
-def publish(searches_file: Path, in_time_file: Path) -> None:
+def publish(searches_file: Path, in_time_file: Path, epochs_file: Path) -> None:
     """Puts the tables between their markers in the README; prints them."""
-    text = (
-        searches(pd.read_parquet(searches_file)) + "\n\n" + in_time(pd.read_parquet(in_time_file))
-    )
+    tables = ((searches, searches_file), (in_time, in_time_file), (epochs, epochs_file))
+    text = "\n\n".join(table(pd.read_parquet(file)) for table, file in tables)
     print(text)
     put(README, BEGIN, END, text)
 
@@ -109,6 +114,33 @@ def _in_time(rows: pd.DataFrame) -> Iterator[str]:
     yield ""
     for missing in rows[rows["note"].notna()].itertuples():
         yield f"- {TITLES[str(missing.method)]}, given {missing.given_s:.0f} s: {missing.note}"
+
+
+def epochs(rows: pd.DataFrame) -> str:
+    """What an epoch of all folds takes each loop, from `fit.parquet`."""
+    first = rows.iloc[0]
+    lines = [
+        f"**An epoch of {first['folds']} folds** with its validation scores on one core, ms of "
+        f"CPU time, median of {first['repeats']}{_stand_in(rows)}; as many single networks in the "
+        "reference's loop (DataLoader, scores of each batch) and in a plain loop, one stacked "
+        "network here",
+        "",
+        row("network", *_LOOPS.values(), "reference is", "plain is"),
+        row("---", *["---:"] * (len(_LOOPS) + 2)),
+    ]
+    for network, part in rows.groupby("network", sort=False):
+        by_loop = part.set_index("loop")
+        known = [by_loop["epoch_ms"].get(loop) for loop in _LOOPS]
+        ours = by_loop.loc["stacked"]
+        ratios = [ours["reference_over_epoch"], ours["plain_over_epoch"]]
+        lines.append(
+            row(
+                str(network),
+                *("-" if ms is None else f"{ms:.0f}" for ms in known),
+                *("-" if pd.isna(ratio) else f"{ratio:.1f} x" for ratio in ratios),
+            )
+        )
+    return "\n".join(lines)
 
 
 def _stand_in(rows: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from benchmarks import process, quality_in_time, speed, speed_table
+from benchmarks import fit, process, quality_in_time, speed, speed_table
 from benchmarks.peers import plain_optuna, ray_tune, training
 from tune_steel.config import TrialConfig
 from tune_steel.loss import TrainingLoss
@@ -188,6 +188,7 @@ def test_the_readme_shows_what_is_published() -> None:
     parts = (
         speed_table.searches(pd.read_parquet(speed.PUBLISHED)),
         speed_table.in_time(pd.read_parquet(quality_in_time.PUBLISHED)),
+        speed_table.epochs(pd.read_parquet(fit.PUBLISHED)),
     )
     assert shown.strip() == "\n\n".join(parts)
 
@@ -232,3 +233,30 @@ def test_the_curves_table_has_the_lowest_loss_by_each_time_and_who_is_missing() 
     lines = speed_table.in_time(in_time).splitlines()
     assert "| tune_steel | 0.5000 | 0.3000 | 0.3000 | 0.3000 |" in lines
     assert "- AutoGluon, given 8 s: exit code 1: no" in lines
+
+
+def test_the_epochs_table_has_a_line_for_each_network_and_no_figure_that_is_missing() -> None:
+    def row(network: str, loop: str, ms: float, faster: float | None) -> dict[str, Any]:
+        return {
+            "network": network,
+            "loop": loop,
+            "epoch_ms": ms,
+            "plain_over_epoch": 100 / ms,
+            "reference_over_epoch": faster,
+            "folds": 5,
+            "repeats": 3,
+            "data_source": "file",
+        }
+
+    rows = pd.DataFrame(
+        [
+            *(row("8", "reference", 200.0, 1.0), row("8", "plain", 100.0, 2.0)),
+            *(row("8", "stacked", 40.0, 5.0), row("8", "floor", 20.0, None)),
+            *(row("near", "plain", 100.0, None), row("near", "stacked", 50.0, None)),
+        ]
+    )
+    lines = speed_table.epochs(rows).splitlines()
+    assert lines[-2:] == [
+        "| 8 | 200 | 100 | 40 | 20 | 5.0 x | 2.5 x |",
+        "| near | - | 100 | 50 | - | - | 2.0 x |",
+    ]

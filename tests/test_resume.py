@@ -34,7 +34,7 @@ pytestmark = pytest.mark.ray
 KILLS = int(os.environ.get("TUNE_STEEL_KILLS", "3"))
 """Each takes a start of Ray, so only who changes this runs it with 20."""
 
-SAMPLES = max(16, 3 * KILLS)
+SAMPLES = max(10, 3 * KILLS)
 """Enough that there is a search to kill; a process ends about two trials before it is killed."""
 
 
