@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real_data" in item.keywords and not REAL:
             item.add_marker(skip)
+    # Their files take longest, and whoever gets one last is waited for.
+    items.sort(key=lambda item: "ray" not in item.keywords)
 
 
 @pytest.fixture(autouse=True)
