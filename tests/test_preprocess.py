@@ -16,7 +16,7 @@ from tune_steel.features import Features, Schema, learn_schema
 from tune_steel.fit import Fit
 from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member, load_model, save_model
-from tune_steel.preprocess import Preprocessing, fit_preprocessing
+from tune_steel.preprocess import Preprocessing, _column_quantiles, fit_preprocessing
 from tune_steel.splits import freeze, prepare
 from tune_steel.tasks import own_task
 
@@ -98,6 +98,14 @@ def test_quantile_scaling_equals_the_quantile_transformer_of_scikit_learn(rows):
         assert compared.sum() > 0.9 * compared.size
         out = transformed(preprocessing, matrix)[0]
         np.testing.assert_allclose(out[compared], wanted[compared], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 1000, 1397])
+def test_quantiles_are_numpys_to_the_bit(rows):
+    rng = np.random.default_rng(rows)
+    x = np.stack([rng.normal(size=rows), rng.integers(0, 4, rows), rng.lognormal(9, 4, rows)], 1)
+    for references in (np.linspace(0, 1, min(rows, 1000)), np.array([0.25, 0.5, 0.9])):
+        assert np.array_equal(_column_quantiles(x, references), np.quantile(x, references, axis=0))
 
 
 def test_quantile_scaling_clips_what_is_out_of_range():

@@ -109,7 +109,23 @@ def _fit(scaling: str, x: Floats, quantiles: int) -> dict[str, Floats]:
         return {"center": middle, "scale": _inverse(spread, x)}
     references = np.linspace(0, 1, quantiles)
     # Interpolation can break the order by a rounding error, which np.interp would not forgive.
-    return {"quantiles": np.maximum.accumulate(np.quantile(x, references, axis=0), axis=0)}
+    return {"quantiles": np.maximum.accumulate(_column_quantiles(x, references), axis=0)}
+
+
+def _column_quantiles(x: Floats, references: Floats) -> Floats:
+    """`np.quantile(x, references, axis=0)`, to the bit.
+
+    NumPy partitions a column around each quantile; for many of them, sorting it once takes a tenth
+    of the time.
+    """
+    ordered = np.sort(x, axis=0)
+    position = references * (len(x) - 1)
+    low = np.floor(position).astype(np.int64)
+    share = (position - low)[:, None]
+    before, after = ordered[low], ordered[np.minimum(low + 1, len(x) - 1)]
+    step = after - before
+    out: Floats = np.where(share < 0.5, before + step * share, after - step * (1 - share))
+    return out
 
 
 def _inverse(scale: Floats, x: Floats) -> Floats:
