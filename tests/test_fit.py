@@ -472,6 +472,26 @@ def test_neighbours_are_training_rows_of_the_own_fold_only():
     assert index[1, 0].tolist() == [*range(32, 80), *range(4)]  # once around
 
 
+@pytest.mark.parametrize("batch_size", [16, 50, 64, 79, 80, 256])
+def test_no_row_is_twice_among_a_batch_and_its_neighbours(batch_size):
+    development = develop()
+    config = family_config("nca")
+    optimizer = config.optimizer.model_copy(update={"batch_size": batch_size})
+    config = config.model_copy(update={"optimizer": optimizer})
+    fit = Fit(config, development, development.folds, SEEDS)
+    order = torch.arange(80).repeat(3, 1)
+    seen = []
+    for rows, size in fit._blocks():
+        index = fit._batches_of(order, rows, size)
+        assert index.shape[-1] == min(size + 20, 80)
+        for step in index[:, 0].tolist():
+            assert len(set(step)) == len(step)
+            seen += step[:size]
+    assert seen == list(range(len(seen)))
+    assert len(seen) >= 79  # a last batch of one row is left out
+    assert np.isfinite(fit.train_epoch(1e-2)).all()
+
+
 def test_a_cosine_falls_over_its_own_epochs_and_ends_the_run():
     development = develop()
     config = family_config("resnet", kind="cosine", cosine_epochs=4)

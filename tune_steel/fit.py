@@ -244,10 +244,12 @@ class Fit:
 
         The order begins again at its end.
         """
-        if not self._context:
+        # In a small table fewer rows are left; a row of the batch must not come twice.
+        context = min(self._context, order.shape[1] - size)
+        if not context:
             return order[:, rows].reshape(len(order), -1, size).transpose(0, 1)
         starts = torch.arange(rows.start, rows.stop, size, device=self._device).unsqueeze(1)
-        steps = starts + torch.arange(size + self._context, device=self._device)
+        steps = starts + torch.arange(size + context, device=self._device)
         return order[:, steps % order.shape[1]].transpose(0, 1)
 
     def _blocks(self) -> Iterator[tuple[slice, int]]:
@@ -270,7 +272,8 @@ class Fit:
         if isinstance(self._backprop, Backprop):
             logits = self._backprop.forward(x, masks)
         else:
-            logits = self._backprop.forward(x, y, x.shape[1] - self._context, masks)
+            batch = counted.shape[1] // self.network.outputs_a_row
+            logits = self._backprop.forward(x, y, batch, masks)
         self._backprop.backward(self._loss.gradient(logits, counted, weight))
         self._optimizer.update()
         return logits
