@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import norm, rankdata
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
+from trials import LEARNING
 
 from tune_steel.config import TrialConfig
 from tune_steel.data import Table
@@ -372,12 +373,15 @@ def own_frame(classes):
     )
 
 
-def fitted_model(scaling, classes):
+PERCEPTRON = {"depth": 2, "width_1": 9, "width_2": 5, "dropout": 0.2}
+
+
+def fitted_model(scaling, classes, model=PERCEPTRON):
     task = own_task(Table("plates", own_frame(classes), "file", "hash"), "verdict")
     development, _, _ = prepare(task, freeze(task, seed=0, split=(0.6, 0.2, 0.2), folds=2))
     config = TrialConfig.model_validate(
         {
-            "model": {"depth": 2, "width_1": 9, "width_2": 5, "dropout": 0.2},
+            "model": model,
             "loss": {"pos_weight": 2.0} if classes == 2 else {"class_weight_power": 0.3},
             "optimizer": {"lr": 0.0123456789, "batch_size": 16},
             "preprocessing": {"scaling": scaling},
@@ -398,11 +402,14 @@ def fitted_model(scaling, classes):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(
+    ("scaling", "architecture"),
+    [*((scaling, PERCEPTRON) for scaling in SCALINGS), *(("quantile", m) for m in LEARNING)],
+)
 def test_a_stored_model_gives_the_probabilities_of_the_one_that_was_stored(
-    tmp_path, scaling, classes
+    tmp_path, scaling, architecture, classes
 ):
-    model = fitted_model(scaling, classes)
+    model = fitted_model(scaling, classes, architecture)
     frame = own_frame(classes).drop(columns="verdict")
     frame.loc[0, "shade"] = "never seen"
     expected = model.predict_proba(frame)
@@ -412,6 +419,7 @@ def test_a_stored_model_gives_the_probabilities_of_the_one_that_was_stored(
     assert np.array_equal(loaded.predict_proba(frame), expected)
     assert expected.shape == (150, classes)
     np.testing.assert_allclose(expected.sum(axis=1), 1)
+    assert loaded.predict_proba(frame[:0]).shape == (0, classes)
     assert loaded.classes == model.classes
     assert loaded.data_source == model.data_source
     assert loaded.combination.threshold == model.combination.threshold
@@ -464,7 +472,7 @@ def test_a_stored_model_holds_no_pickle(tmp_path):
         header = json.loads(content[8 : 8 + length])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
         assert 8 + length + max(ends) == len(content)
-    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 4
+    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 5
 
 
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
@@ -486,8 +494,8 @@ def test_a_model_with_a_file_that_was_cut_off_is_an_error_that_names_the_folder(
 def test_a_model_of_another_format_is_an_error_that_names_both(tmp_path):
     save_model(fitted_model("standard", 2), tmp_path)
     path = tmp_path / "model.json"
-    path.write_text(path.read_text().replace('"format": 4', '"format": 9'))
-    with pytest.raises(DataError, match="model format 9, known is 4"):
+    path.write_text(path.read_text().replace('"format": 5', '"format": 9'))
+    with pytest.raises(DataError, match="model format 9, known is 5"):
         load_model(tmp_path)
 
 

@@ -1,14 +1,17 @@
 """Training a trial again gives what the search had, and more seeds of it."""
 
+import pickle
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from trials import Rows, trial
+from trials import LEARNING, Rows, trial
 
+from tune_steel.config import TrialConfig
 from tune_steel.errors import NonFiniteLossError
-from tune_steel.fit import Fit
+from tune_steel.fit import Fit, predict_log_probabilities
 from tune_steel.networks import log_probabilities
 from tune_steel.refit import (
     SEEDS,
@@ -68,6 +71,41 @@ def test_the_folds_again_are_the_searchs_bit_for_bit_and_other_seeds_are_others(
     assert not np.allclose(found.out_of_fold[0], found.out_of_fold[1])
 
 
+@pytest.mark.parametrize("model", LEARNING)
+def test_what_networks_learnt_from_their_rows_comes_back_from_a_worker(
+    steel_rows: Rows, model: dict[str, Any]
+) -> None:
+    development, _ = steel_rows
+    config = TrialConfig.model_validate(
+        {"model": model, "optimizer": {"lr": 0.01, "batch_size": 256}}
+    )
+    plan = Plan(5, config, 7, (0.01, 0.01), 0.5, 1.0)
+    folds, everything = development.folds, np.arange(len(development.y))
+    by_hand = [
+        Fit(config, development, folds, replica_seeds(7, len(folds))),
+        Fit(
+            config,
+            development,
+            [(everything, everything[:0])] * SEEDS,
+            [derive(3, "retrain", i) for i in range(SEEDS)],
+        ),
+    ]
+    for fit in by_hand:
+        for rate in plan.learning_rates:
+            fit.train_epoch(rate)
+    found = again(plan, steel_rows)
+    logits = torch.tensor(np.concatenate(by_hand[0].validation_logits()))
+    assert np.array_equal(found.out_of_fold[0], log_probabilities(logits).numpy())
+    for networks, fit in zip(
+        (found.networks, on_all_rows(plan, steel_rows)), by_hand, strict=True
+    ):
+        received = pickle.loads(pickle.dumps(networks))
+        fitted = member(plan, received, development)
+        x = fit.preprocessing.transform(development.features)
+        expected = predict_log_probabilities(fit.network, x)
+        assert np.array_equal(fitted.log_probabilities(development.features)[0], expected)
+
+
 def test_out_of_fold_predictions_are_those_of_the_models_that_did_not_see_the_rows(
     decaying_space: Space, steel_rows: Rows
 ) -> None:
@@ -125,10 +163,14 @@ def test_the_time_it_takes_counts_every_seed_and_is_shared_by_the_workers(
         )
 
     plans = [plan(0, 3.0), plan(1, 1.0), plan(2, 2.0)]
+    equal = [plan(number, 1.0) for number in range(3)]
     # Two seeds of 5 folds; and 5 seeds on all rows: 5 folds' worth, each a quarter longer.
     whole = 5 / 4
     rival = [plan(9, 7.0)]
     assert seconds_again(plans, rival, 5, 1) == pytest.approx(6 * 2 + (6 + 7) * whole)
     assert seconds_again(plans, rival, 5, 2) == pytest.approx(3 * 2 + 7 * whole)
-    # However many workers: the longest member is one task.
+    # A rival that is a member is trained on all rows once.
+    assert seconds_again(plans, [*plans[:1], *rival], 5, 1) == seconds_again(plans, rival, 5, 1)
+    # However many workers: the longest member is one task, and none is cut in two.
     assert seconds_again(plans, [], 5, 99) == pytest.approx(3 * (2 + whole))
+    assert seconds_again(equal, [], 5, 2) == pytest.approx(2 * (2 + whole))

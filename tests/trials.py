@@ -11,6 +11,14 @@ from tune_steel.trainable import report_row
 
 Rows: TypeAlias = tuple[Development, SealedTest]
 
+# What learns from the training rows before the first step, too.
+_WAVES = {"embedding": "pbld", "embedding_width": 3, "frequency_scale": 0.2}
+_BINS = {"embedding": "piecewise_tree", "embedding_width": 3, "bins": 4}
+LEARNING: tuple[dict[str, Any], ...] = (
+    {"family": "nca", "blocks": 1, "width": 16, **_WAVES},
+    {"family": "mlp", "depth": 1, "width_1": 8, **_BINS},
+)
+
 
 def trial(space: Space, development: Development, number: int = 0, **params: Any) -> TrialRecord:
     """A trial that ran to its end."""

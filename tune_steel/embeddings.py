@@ -118,7 +118,7 @@ class _Waves(torch.autograd.Function):
 
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """Features whose waves fit into the cache of a core together; on a GPU, all of them."""
-    each = x.shape[2] * weight.shape[2]
+    each = max(x.shape[2] * weight.shape[2], 1)
     step = max(_NUMBERS_IN_CACHE // each, 1) if x.device.type == "cpu" else len(x)
     return (slice(start, start + step) for start in range(0, len(x), step))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tune_steel.finalists import Finalists
     from tune_steel.searcher import StudySearcher
 
-# The driver imports Ray Tune while Ray starts, and torch when the workers have done their part.
+# The driver imports Ray Tune while Ray starts, and torch when the search has ended.
 
 _EXIT_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -264,12 +264,12 @@ def _train_again(
     plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
     default = _default(records)
     rivals = [Plan.of(record) for record in (ranked[0], default) if record is not None]
-    seconds = seconds_again(plans, rivals[1:], len(development.folds), concurrency)
+    seconds = seconds_again(plans, rivals, len(development.folds), concurrency)
     say(
         f"retraining: the {len(plans)} best trials for the ensemble on the folds, with "
-        f"{SEEDS_A_MEMBER} seeds; those with a weight in it, and the default config, on all rows, "
-        f"with {SEEDS}; boosting; then one look at the test rows; at most about {seconds:.0f} s "
-        "and the boosting"
+        f"{SEEDS_A_MEMBER} seeds; those with a weight in it, the best one and the default config "
+        f"on all rows, with {SEEDS}; boosting; then one look at the test rows; at most about "
+        f"{seconds:.0f} s and the boosting"
     )
     train = partial(
         train_again,

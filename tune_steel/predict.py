@@ -30,7 +30,7 @@ from tune_steel.networks import output_width
 from tune_steel.preprocess import Preprocessing
 from tune_steel.scores import decide
 
-_FORMAT = 4
+_FORMAT = 5
 T = TypeVar("T")
 
 

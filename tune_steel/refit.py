@@ -8,7 +8,8 @@ better (docs/quality.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import heapq
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -181,7 +182,9 @@ def train_in_worker(
     development: Development,
     resources: Resources,
 ) -> T:
-    """Trains a trial again within the limits of a trial; what `how` gave at the end.
+    """Trains a trial again within limits; what `how` gave at the end.
+
+    Those of a trial, for as much more as the networks on all rows are than a trial's folds.
 
     Args:
         how: `refit`, or `retrain` of a seed.
@@ -191,9 +194,10 @@ def train_in_worker(
     """
     prepare_process(resources.threads)
     device = "cuda" if resources.gpus_per_trial > 0 else "cpu"
-    limit_memory(resources.memory)
+    more = max(_whole(len(development.folds)), 1.0)
+    limit_memory(None if resources.memory is None else int(resources.memory * more))
     try:
-        *_, last = watched(how(plan, development, device), resources.epoch_timeout)
+        *_, last = watched(how(plan, development, device), resources.epoch_timeout * more)
     finally:
         limit_memory(None)  # Ray needs memory to tell what came of it
     assert last is not None
@@ -237,15 +241,24 @@ def seconds_again(plans: list[Plan], rivals: list[Plan], folds: int, concurrency
 
     Args:
         plans: The members: on their folds, and if all of them get a weight, on all rows.
-        rivals: Trials that are trained on all rows only.
+        rivals: Trials that are trained on all rows too, members or not.
         folds: Folds k of the search.
         concurrency: Trials at once.
     """
+    each = {plan.trial: plan.seconds for plan in (*plans, *rivals)}
+    on_folds = _side_by_side([plan.seconds for plan in plans], concurrency)
+    on_all_rows = _side_by_side(each.values(), concurrency)
+    return SEEDS_A_MEMBER * on_folds + _whole(folds) * on_all_rows
 
-    def side_by_side(seconds: list[float]) -> float:
-        return max(sum(seconds) / concurrency, *seconds)
 
-    on_folds = side_by_side([SEEDS_A_MEMBER * plan.seconds for plan in plans])
-    # Each of k folds trains on k - 1 of k parts of the rows, each seed on all of them.
-    whole = SEEDS / max(folds - 1, 1)
-    return on_folds + side_by_side([whole * plan.seconds for plan in (*plans, *rivals)])
+def _whole(folds: int) -> float:
+    """Networks on all rows for those of k folds, each of which trains on k - 1 of k parts."""
+    return SEEDS / max(folds - 1, 1)
+
+
+def _side_by_side(seconds: Iterable[float], workers: int) -> float:
+    """Until all are done, the longest first."""
+    busy = [0.0] * workers
+    for one in sorted(seconds, reverse=True):
+        heapq.heapreplace(busy, busy[0] + one)
+    return max(busy)
