@@ -14,6 +14,7 @@ import numpy as np
 from tune_steel.boosting import Boosting
 from tune_steel.features import Features, Floats, Ints
 from tune_steel.finalists import EnsembleFacts, Finalists, OutOfFold
+from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member
 from tune_steel.refit import Plan, member
 from tune_steel.scores import Interval, bootstrap, confusion, confusion_interval, score
@@ -56,7 +57,8 @@ class Evaluation:
         out_of_fold: For each model and fold. The ensemble's are the cross-fitted ones, which its
             validation scores are of; those of `tuned` are of the search's own fold models.
         reproduction_gap: Difference between the validation loss that the search recorded and the
-            one of training the best trial again; 0 on the same machine, None if that failed.
+            one of training the best trial on its folds again; 0 on the same machine, None if
+            that failed.
         notes: Lines about members and rivals that are missing.
     """
 
@@ -125,17 +127,21 @@ def evaluate(
     ]
     # A rival that cannot be trained is left out and said; it costs the ensemble nothing.
     gap = None
-    for position, (plan, again) in enumerate(finalists.refits):
+    for plan, again in finalists.refits:
         if plan.trial == best.number:
             gap = abs(again.val_loss - plan.val_loss)
-            parts = ensemble.blocks("bagged", ensemble.p[position])
+            natural = again.natural(class_weights(plan.config, development))
+            parts = ensemble.blocks("bagged", natural)
             bagged = member(plan, again.networks, development)
             entrants.append(_Entrant("bagged", bagged.natural, _fold_scores(parts, development)))
             own = np.exp(again.out_of_fold[0])
             out_of_fold += [*parts, *ensemble.blocks("tuned", own)]
+            break
+    else:
+        notes.append(f"bagged is missing below: {finalists.left_out[best.number]}")
     for name, label, record in (("tuned", "the best trial", best), ("default", _DEFAULT, default)):
         if record is None or record.best is None:
-            notes.append(f"{label} is missing below: its trial did not get past an epoch")
+            notes.append(f"{label} is missing below: no trial of it got past an epoch")
         elif record.number in finalists.networks:
             one = on_all_rows(Plan.of(record))
             entrants.append(_Entrant(name, one.probabilities, _validation(record)))

@@ -172,8 +172,9 @@ class Finalists:
     """All that was trained again.
 
     Attributes:
-        refits: The members that the ensemble was chosen from, on their folds.
-        ensemble: Their combination.
+        refits: The members that could be trained on their folds.
+        ensemble: Their combination, without those that got a weight and could not be trained on
+            all rows.
         networks: On all rows, by the number of the trial: of those with a weight, and of rivals.
         left_out: Why others are no members, by the number of the trial.
         without_networks: Why there are no networks on all rows, by the number of the trial.
@@ -216,26 +217,27 @@ def train_finalists(
             left_out[plan.trial] = again
     networks: dict[int, Networks] = {}
     without: dict[int, str] = {}
-    while refits:
-        ensemble = Ensemble(refits, development, rule)
+    pool = refits
+    while pool:
+        ensemble = Ensemble(pool, development, rule)
+        chosen = ensemble.chosen()
         wanted = {
             plan.trial: plan
-            for plan in (*ensemble.chosen(), *rivals)
+            for plan in (*chosen, *rivals)
             if plan.trial not in networks and plan.trial not in without
         }
-        if not wanted:
-            return Finalists(refits, ensemble, networks, left_out, without)
         results = train(partial(retrain, seed=seed), list(wanted.values()))
         for trial, found in zip(wanted, results, strict=True):
             if isinstance(found, Networks):
                 networks[trial] = found
             else:
                 without[trial] = found
+        lost = {plan.trial: without[plan.trial] for plan in chosen if plan.trial in without}
+        if not lost:
+            return Finalists(refits, ensemble, networks, left_out, without)
         # A member without networks on all rows cannot predict: the others are weighted anew.
-        left_out |= {
-            plan.trial: without[plan.trial] for plan, _ in refits if plan.trial in without
-        }
-        refits = [(plan, again) for plan, again in refits if plan.trial not in without]
+        left_out |= lost
+        pool = [(plan, again) for plan, again in pool if plan.trial not in lost]
     first, why = next(iter(left_out.items()))
     raise NonFiniteLossError(
         f"no member of the ensemble could be trained again; trial {first}: {why}"
