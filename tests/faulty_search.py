@@ -1,7 +1,8 @@
 """A real search some of whose trials meet a real fault: `python faulty_search.py OPTIONS...`.
 
-`FAULTS` in the environment is JSON: the fault of each slot. A fault with `-once` in its name comes
-only in the first try; `MARKS` is a folder where tries leave a mark.
+`FAULTS` in the environment is JSON: the fault of each slot, and as `again 3` that of training the
+trial of slot 3 again. A fault with `-once` in its name comes only in the first try; `MARKS` is a
+folder where tries leave a mark.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import tune_steel.ray_environment
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tune_steel.ray_tune
+from tune_steel.seeds import derive
 from tune_steel.trainable import train_trial as real
 
 FAULTS = json.loads(os.environ["FAULTS"])
@@ -58,8 +61,33 @@ def faulty(trial: dict[str, Any], **given: Any) -> None:
         room.Fit = Fit  # type: ignore[misc]
 
 
+def faulty_again(how: Any, plan: Any, *given: Any) -> Any:
+    import numpy as np
+
+    from tune_steel.refit import train_in_worker
+
+    slot = next(s for s in itertools.count() if derive(0, "trial", s) == plan.seed)
+    mark = Path(MARKS) / f"again {slot}"
+    first = not mark.exists()
+    mark.touch()
+
+    def broken(*arguments: Any) -> Any:
+        name = FAULTS.get(f"again {slot}", "")
+        if name == "raise":
+            raise ValueError("no such thing")
+        if name == "kill" or (name == "kill-once" and first):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "memory":
+            np.empty(10**12)
+        return how(*arguments)
+
+    return train_in_worker(broken, plan, *given)
+
+
 if __name__ == "__main__":
+    import tune_steel.refit
     from tune_steel.search import main
 
+    tune_steel.refit.train_in_worker = faulty_again
     tune_steel.ray_tune.train_trial = faulty  # type: ignore[assignment]
     sys.exit(main())

@@ -55,6 +55,27 @@ def test_each_fault_costs_its_own_trial_at_most(
     assert "Unable to allocate 128. MiB" in errors[6]
 
 
+def test_each_fault_of_a_member_that_is_trained_again_costs_its_own_place(
+    faulty: Path, space_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = {1: "kill", 2: "kill-once", 3: "raise", 4: "memory"}
+    monkeypatch.setenv("FAULTS", json.dumps({f"again {slot}": f for slot, f in faults.items()}))
+    limits = ("--memory", "1GB", "--max-failures", 1, "--scheduler", "none")
+    code, out, err = finish(
+        start(faulty, *small(space_file), "--samples", 5, *limits, script=FAULTY)
+    )
+    assert code == 0, err
+    run = only_run(faulty)
+    trials = check_whole(run, 5).set_index("slot")["trial"]
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    kept = {member["trial"] for member in record["ensemble"]["members"]}
+    assert kept == {trials[0], trials[2]}
+    said = {1: "its worker died", 3: "ValueError: no such thing", 4: "Unable to allocate"}
+    for slot, why in said.items():
+        assert re.search(rf"trial {trials[slot]} is missing in the ensemble: .*{why}", out)
+    assert "raylet" not in out
+
+
 def test_a_search_whose_trials_all_fail_ends_soon_and_says_why(
     faulty: Path, space_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """The stacked networks beside the multi-layer perceptron, and which one a config means.
 
-They are trained through autograd (`fused.Recorded`): their time is in large matmuls, which
-hand-written passes would not make faster.
+They are trained through autograd (`fused.Recorded`): most of their time is in large matmuls, which
+hand-written passes would not make faster. Waves and neighbours have passes of their own.
 """
 
 from __future__ import annotations

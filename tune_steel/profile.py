@@ -31,8 +31,8 @@ class Times:
         waiting: Of its slots, until the driver had answered to a report.
         sampling: Of the driver, in asking the study for configs.
         reporting: Of the driver, in telling it of epochs and ends.
-        retraining: Training the ensemble's members again.
-        test: The rivals, and the look at the test rows.
+        retraining: Training members and rivals again, and fitting the ensemble.
+        test: Boosting, and the look at the test rows.
         tables: Writing tables and model.
     """
 

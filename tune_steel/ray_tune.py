@@ -6,9 +6,10 @@ import tune_steel.ray_environment  # noqa: F401
 
 import copy
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -118,21 +119,23 @@ def train_again(
     waiting = sorted(range(len(plans)), key=lambda i: plans[i].seconds)
     running: dict[ray.ObjectRef[T], int] = {}
     out: list[T | str] = [""] * len(plans)
-    while waiting or running:
-        while waiting and len(running) < concurrency:
-            i = waiting.pop()
-            running[task.remote(how, plans[i], rows, resources)] = i
-        done, _ = ray.wait(list(running), timeout=1)
-        check_ray()
-        for reference in done:
-            i = running.pop(reference)
-            try:
-                # A copy, because what Ray shares is gone when its session ends.
-                out[i] = copy.deepcopy(ray.get(reference))
-            except WorkerCrashedError:
-                out[i] = "its worker died"
-            except RayError as error:
-                out[i] = str(error).strip().splitlines()[-1]
+    # Where a task's worker dies, Ray says so on standard output, which is for the report.
+    with redirect_stdout(sys.stderr):
+        while waiting or running:
+            while waiting and len(running) < concurrency:
+                i = waiting.pop()
+                running[task.remote(how, plans[i], rows, resources)] = i
+            done, _ = ray.wait(list(running), timeout=1)
+            check_ray()
+            for reference in done:
+                i = running.pop(reference)
+                try:
+                    # A copy, because what Ray shares is gone when its session ends.
+                    out[i] = copy.deepcopy(ray.get(reference))
+                except WorkerCrashedError:
+                    out[i] = "its worker died"
+                except RayError as error:
+                    out[i] = str(error).strip().splitlines()[-1]
     return out
 
 
