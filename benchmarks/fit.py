@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy, BinaryPrecision
 
 from benchmarks import neighbours
+from benchmarks.process import machine
 from tune_steel.config import TrialConfig
 from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
@@ -41,9 +42,10 @@ from tune_steel.tasks import steel_task
 PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "fit.parquet"
 NETWORKS = ((512, 256, 128), (64, 32))
 DROPOUT, POS_WEIGHT, LR, BATCH = 0.35, 2.0, 1e-3, 32
+_TEXTS = ("network", "loop", "data_source", "machine", "versions")
 SCHEMA = pa.schema(
     [
-        *(pa.field(name, pa.string()) for name in ("network", "loop", "data_source", "versions")),
+        *(pa.field(name, pa.string()) for name in _TEXTS),
         *(pa.field(name, pa.int32()) for name in ("folds", "rows", "steps", "repeats")),
         # Medians over the repeats, and the ends of the middle half of them.
         *(
@@ -295,6 +297,7 @@ def measure(
             "network": network,
             "loop": name,
             "data_source": data_source,
+            "machine": machine(),
             "versions": f"torch {torch.__version__}",
             "folds": len(development.folds),
             "rows": rows,

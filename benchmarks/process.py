@@ -1,8 +1,9 @@
-"""Runs a command and watches it: wall time, CPU time and memory of all its processes."""
+"""Runs a command and watches it: wall time, CPU time and memory of all its processes; where."""
 
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import threading
@@ -16,6 +17,15 @@ from pathlib import Path
 _MARK = "TUNE_STEEL_BENCHMARK"
 _EVERY = 0.5
 _TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def machine() -> str:
+    """What it runs on."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, "
+        f"Python {platform.python_version()}"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from benchmarks.process import Usage, run
+from benchmarks.process import Usage, machine, run
 from tune_steel.data import load_steel
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tasks import steel_task
@@ -52,15 +51,6 @@ SCHEMA = pa.schema(
 
 Point = tuple[float, float]
 """Seconds since the process began, log_loss."""
-
-
-def machine() -> str:
-    """What it runs on."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, "
-        f"Python {platform.python_version()}"
-    )
 
 
 def write_folds(path: Path, development: Development) -> None:

@@ -59,7 +59,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from benchmarks import fit, quality_in_time, speed_table
 from benchmarks.peers.training import Request, Trial
-from benchmarks.process import Usage, run
+from benchmarks.process import Usage, machine, run
 from benchmarks.quality_in_time import OURS
 from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
@@ -200,7 +200,7 @@ def run_method(method: str, setting: Setting, python: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": method,
         "data_source": setting.data_source,
-        "machine": quality_in_time.machine(),
+        "machine": machine(),
         "started": datetime.fromtimestamp(usage.started, UTC).isoformat(timespec="seconds"),
         "folds": setting.folds,
         "repeat": request.seed,
