@@ -1,5 +1,5 @@
 # make search     install, then search (ARGS replaces the default arguments)
-# make test       install, then run the tests, two files at once (ARGS goes to pytest)
+# make test       install, then run the tests, three files at once (ARGS goes to pytest)
 # make lint       install, then ruff and mypy
 # make clean      remove what make and the tools made; results/ stays
 #
@@ -21,7 +21,7 @@ search: $(VENV)/.installed
 	$(BIN)/python -m tune_steel.search $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

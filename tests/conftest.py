@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 REAL = os.environ.get("TUNE_STEEL_DATA")
 
+# Cores are shared with other tests: scikit-learn's threads would burn them while they wait.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 SMALL_SPACE = """
 [model]
 depth = { int = [1, 2], default = 1 }

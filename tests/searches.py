@@ -19,6 +19,7 @@ from tune_steel.options import Options, Resources
 from tune_steel.study import open_study
 
 ENDED = ["COMPLETE", "PRUNED", "FAIL"]
+SMALL = ("--samples", 8, "--max-epochs", 7, "--grace-period", 1, "--folds", 3)
 
 
 def options_of(**changed: Any) -> Options:
@@ -155,3 +156,9 @@ def curves_by_slot(run: Path) -> pd.DataFrame:
     merged = ended.merge(read(run, "epochs"), on="trial")
     changing = ["trial", "run", "seconds"]
     return merged.drop(columns=changing).sort_values(["slot", "epoch"], ignore_index=True)
+
+
+def check_plain(err: str) -> None:
+    """Nothing but our own lines: no chatter of Ray, no warning, no traceback."""
+    for line in err.splitlines():
+        assert line.startswith(("tune_steel: ", "trials ")), line

@@ -55,7 +55,8 @@ class Boosting:
     def _predict(self, fitted: tuple[Any, NDArray[np.bool_]], features: Features) -> Floats:
         model, known = fitted
         out = np.zeros((len(features), len(self._development.classes)))
-        out[:, model.classes_] = model.predict_proba(_matrix(features)[:, known])
+        with threadpool_limits(1, "openmp"):
+            out[:, model.classes_] = model.predict_proba(_matrix(features)[:, known])
         return out
 
 
