@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
+from trials import LEARNING
 
 from tune_steel.metrics import IGNORED, Scorer
 from tune_steel.networks import log_probabilities, output_width
@@ -220,19 +222,21 @@ def test_the_losses_of_confident_errors_are_not_cut_off():
     assert scores["auroc"] == 0
 
 
-def test_a_worker_imports_neither_what_it_does_not_score_with_nor_a_compiler():
-    code = """
-import sys
-import torch
-import tune_steel.metrics
-from tune_steel.config import OptimizerConfig
-from tune_steel.fused import Adam
+def test_a_worker_imports_neither_what_it_does_not_score_with_nor_a_compiler(steel_rows, tmp_path):
+    (tmp_path / "rows").write_bytes(pickle.dumps(steel_rows[0]))
+    code = f"""
+import pickle, sys
+from pathlib import Path
+from tune_steel.config import TrialConfig
+from tune_steel.fit import Fit
 
-class Flat:
-    parameters = gradients = torch.zeros(4)
-
-Adam(OptimizerConfig(lr=0.1, batch_size=32), Flat())
-heavy = ("scipy.signal", "scipy.stats", "sklearn", "torch._dynamo", "sympy")
+rows = pickle.loads(Path({str(tmp_path / "rows")!r}).read_bytes())
+for model in ({LEARNING[0]!r}, dict(depth=1, width_1=8)):
+    optimizer = dict(lr=0.1, batch_size=256)
+    scaling = dict(scaling="quantile")
+    tree = dict(model=model, optimizer=optimizer, preprocessing=scaling)
+    assert len(list(Fit(TrialConfig(**tree), rows, rows.folds, [1, 2]).epochs(1))) == 1
+heavy = ("scipy.signal", "scipy.special", "scipy.stats", "sklearn", "torch._dynamo", "sympy")
 assert not [name for name in heavy if name in sys.modules]
 import scipy.signal
 assert len(scipy.signal.windows.hann(8)) == 8

@@ -12,7 +12,7 @@ import ray
 from ray import tune
 
 from tune_steel.config import TrialConfig
-from tune_steel.limits import limit_memory, watched
+from tune_steel.limits import limit_memory, release_memory, watched
 from tune_steel.seeds import replica_seeds
 from tune_steel.splits import Development
 
@@ -60,6 +60,7 @@ def train_trial(
     from tune_steel.fit import Fit, prepare_process  # torch is the worker's, not the driver's
 
     prepare_process(threads)
+    release_memory()
     limit_memory(memory)
 
     def epochs() -> Iterator[EpochRecord]:
