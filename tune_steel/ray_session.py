@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
+import os
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 
 from tune_steel.errors import OptionError
@@ -69,6 +71,11 @@ class RaySession:
     def _start(self) -> int:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
         if self._address is None:
+            _leave_out_helpers()
+            if self._resources.all_cpus_get_trials:
+                # Ray starts a worker for each CPU; they get ready while the driver does.
+                modules = "tune_steel.trainable,tune_steel.fit"
+                os.environ.update(RAY_preload_python_modules=modules)
             # Without "local", Ray would join whatever cluster it finds.
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
@@ -83,6 +90,17 @@ class RaySession:
                     "--address out"
                 ) from None
         return _concurrency(self._address, self._resources)
+
+
+def _leave_out_helpers() -> None:
+    """Keeps Ray from starting processes that a private one has no use for.
+
+    They scale a cluster, carry workers' output here and answer a browser. Each takes a second of
+    CPU time at the very moment at which workers start.
+    """
+    for name in ("start_monitor", "start_log_monitor", "start_api_server"):
+        assert hasattr(Node, name), name
+        setattr(Node, name, lambda self, **given: None)
 
 
 def _knock(address: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 from ray import tune
 from ray.exceptions import RayError, WorkerCrashedError
+from ray.tune.execution import class_cache
 
 from tune_steel.budget import Stop
 from tune_steel.errors import SearchFailedError
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from tune_steel.refit import Plan
 
 T = TypeVar("T")
+
+# Tune wants other environment variables for its workers than Ray has, so that each would be a new
+# process, whose start waits for Ray's agent; `ray_environment` sets those that matter.
+class_cache.DEFAULT_ENV_VARS.clear()
+class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 def run_trials(
