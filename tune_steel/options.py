@@ -89,11 +89,6 @@ class Resources:
         """Threads of torch in a trial."""
         return max(1, int(self.cpus_per_trial))
 
-    @property
-    def all_cpus_get_trials(self) -> bool:
-        """Whether a machine runs at least one trial for each of its CPUs."""
-        return self.cpus_per_trial <= 1 and not self.gpus_per_trial and self.concurrency is None
-
 
 @dataclass(frozen=True)
 class Options:

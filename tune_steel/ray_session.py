@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tune_steel.ray_environment  # noqa: F401
 
-import os
 import signal
 import socket
 import sys
@@ -72,10 +71,6 @@ class RaySession:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
         if self._address is None:
             _leave_out_helpers()
-            if self._resources.all_cpus_get_trials:
-                # Ray starts a worker for each CPU; they get ready while the driver does.
-                modules = "tune_steel.trainable,tune_steel.fit"
-                os.environ.update(RAY_preload_python_modules=modules)
             # Without "local", Ray would join whatever cluster it finds.
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
