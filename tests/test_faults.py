@@ -34,7 +34,7 @@ def test_each_fault_costs_its_own_trial_at_most(
 ) -> None:
     faults = {1: "raise", 2: "kill-once", 3: "kill", 4: "exit-once", 5: "hang-once", 6: "memory"}
     monkeypatch.setenv("FAULTS", json.dumps(faults))
-    limits = ("--memory", "1GB", "--epoch-timeout", "8s", "--max-failures", 1)
+    limits = ("--memory", "1GB", "--epoch-timeout", "20s", "--max-failures", 1)
     process = start(faulty, *small(space_file), "--samples", 9, *limits, script=FAULTY)
     code, out, err = finish(process)
     assert code == 0, err
