@@ -1,4 +1,4 @@
-"""Runs a command and watches it: wall time, CPU time and memory of all its processes; where."""
+"""Runs a command and watches wall time, CPU time and memory of its processes; on what machine."""
 
 from __future__ import annotations
 

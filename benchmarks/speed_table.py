@@ -123,7 +123,8 @@ def epochs(rows: pd.DataFrame) -> str:
         f"**An epoch of {first['folds']} folds** with its validation scores on one core, ms of "
         f"CPU time, median of {first['repeats']}{_stand_in(rows)}; {first['machine']}; as many "
         "single networks in the reference's loop (DataLoader, scores of each batch) and in a "
-        "plain loop, one stacked network here; `neighbours` is what `binary` tries first",
+        "plain loop, one stacked network here; `neighbours` has the size of what `binary` tries "
+        "first",
         "",
         row("network", *_LOOPS.values(), "reference is", "plain is"),
         row("---", *["---:"] * (len(_LOOPS) + 2)),

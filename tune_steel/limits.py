@@ -15,7 +15,8 @@ T = TypeVar("T")
 def release_memory() -> None:
     """Gives the kernel what earlier trials of this process freed; the heap would keep it.
 
-    In the middle it does so whatever its trim threshold is. Only glibc can be told.
+    By itself glibc trims the heap's end only, and only above a threshold; other C libraries cannot
+    be told.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -184,7 +184,7 @@ def train_in_worker(
 ) -> T:
     """Trains a trial again within limits; what `how` gave at the end.
 
-    Those of a trial, for as much more as the networks on all rows are than a trial's folds.
+    The limits are a trial's, times how much more the networks on all rows are than its folds'.
 
     Args:
         how: `refit`, or `retrain` of a seed.
