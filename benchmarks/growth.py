@@ -22,11 +22,13 @@ from __future__ import annotations
 import tune_steel.ray_environment
 
 import math
+import multiprocessing
 import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -225,7 +227,10 @@ def everything(
     rows = []
     output.parent.mkdir(parents=True, exist_ok=True)
     for concurrency, trials in RUNS:
-        new = measure(trials, concurrency, "tpe", 9, 0.0, output.parent)
+        # A process of its own: what an earlier search left in memory is no need of the next one.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            search = process.submit(measure, trials, concurrency, "tpe", 9, 0.0, output.parent)
+            new = search.result()
         print(markdown(new), flush=True)
         rows += new
         write_table(output, rows, SCHEMA)

@@ -143,30 +143,20 @@ class Store:
 
     def put(self, cell: Cell, rows: list[dict[str, Any]], predictions: pa.Table | None) -> None:
         """Takes what a cell gave, in the place of what it gave before."""
-        if predictions is not None:
-            self._write_predictions(*self._predictions_without({cell.key}), predictions)
-        self.rows = [row for row in self.rows if _key(row) != cell.key] + rows
-        write_table(self._cells, self.rows, CELLS)
-
-    def forget(self, cells: list[Cell]) -> None:
-        """Drops cells, so that they run again."""
-        keys = {cell.key for cell in cells}
-        self.rows = [row for row in self.rows if _key(row) not in keys]
-        write_table(self._cells, self.rows, CELLS)
-        self._write_predictions(*self._predictions_without(keys))
-
-    def _predictions_without(self, keys: set[tuple[Any, ...]]) -> list[pa.Table]:
-        if not self._predictions.exists():
-            return []
-        table = pq.read_table(self._predictions)
-        cells = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
-        return [table.filter(pa.array([key not in keys for key in cells], pa.bool_()))]
-
-    def _write_predictions(self, *parts: pa.Table) -> None:
+        parts = [*self._predictions_without(cell), *([] if predictions is None else [predictions])]
         if parts:
             whole = pa.concat_tables(parts, promote_options="default")
             with replacing(self._predictions) as temporary:
                 pq.write_table(whole, temporary, compression="zstd")
+        self.rows = [row for row in self.rows if _key(row) != cell.key] + rows
+        write_table(self._cells, self.rows, CELLS)
+
+    def _predictions_without(self, cell: Cell) -> list[pa.Table]:
+        if not self._predictions.exists():
+            return []
+        table = pq.read_table(self._predictions)
+        cells = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
+        return [table.filter(pa.array([key != cell.key for key in cells], pa.bool_()))]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -271,8 +261,10 @@ def run(
     folds: int,
     source: Literal["auto", "stand-in"],
     store: Store,
+    *,
+    redo: bool,
 ) -> Iterator[str]:
-    """Runs the cells that are not finished; yields a line for each."""
+    """Runs the cells that are not finished, or all of them; yields a line for each."""
     loaded = {name: load(name, source) for name in dict.fromkeys(cell.task for cell in cells)}
     bases = {}
     for name, (table, _) in loaded.items():
@@ -286,11 +278,11 @@ def run(
             "threads": settings.threads,
             "seed": settings.seed,
         }
-        _same(name, bases[name], store)
+        _same(name, bases[name], store, {cell.key for cell in cells} if redo else set())
     cuts: dict[tuple[str, int], list[tuple[Any, Any]]] = {}
     for number, cell in enumerate(cells, start=1):
         done = store.done
-        if cell.key in done:
+        if cell.key in done and not redo:
             continue
         table, task = loaded[cell.task]
         place = cell.task, cell.repeat
@@ -322,9 +314,11 @@ def run(
             yield f"[{number}/{len(cells)}] {where}: {row['method']}: {what} ({took})"
 
 
-def _same(task: str, base: dict[str, Any], store: Store) -> None:
-    """Cells of other settings are no rows of one table."""
-    for row in store.done.values():
+def _same(task: str, base: dict[str, Any], store: Store, leaving: set[tuple[Any, ...]]) -> None:
+    """Cells of other settings are no rows of one table, but for those that are replaced."""
+    for key, row in store.done.items():
+        if key in leaving:
+            continue
         changed = [k for k in _SAME if row["task"] == task and row[k] != base[k]]
         if changed:
             said = ", ".join(f"{k} {row[k]}, here {base[k]}" for k in changed)
@@ -361,7 +355,7 @@ def main(
         Literal["auto", "stand-in"], typer.Option(help="Of the steel table.")
     ] = "auto",
     output: Annotated[Path, typer.Option(help="Folder of the two tables.")] = PUBLISHED,
-    redo: Annotated[bool, typer.Option("--redo", help="Drop the chosen cells first.")] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Run finished cells too.")] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Only render the table, into the README too.")
     ] = False,
@@ -381,13 +375,14 @@ def main(
             _chosen(methods, list(METHODS), "--methods"),
         )
     ]
+    if space is not None and output == PUBLISHED:
+        raise OptionError(
+            "--space: the published table is of the tasks' own spaces; name another --output"
+        )
     settings = Settings(trials, max_epochs, inner, seed, threads, rivals_python, space)
     output.mkdir(parents=True, exist_ok=True)
     with run_lock(output / ".quality.lock"):
-        store = Store(output)
-        if redo:
-            store.forget(cells)
-        for line in run(cells, settings, outer, source, store):
+        for line in run(cells, settings, outer, source, Store(output), redo=redo):
             print(line, flush=True)
 
 

@@ -33,6 +33,8 @@ _TITLES = {
     "default": "tune_steel: default config",
     "boosting": "scikit-learn boosting default",
 }
+_ENOUGH = 5
+"""Folds below which a difference gets no interval: with two of them it says next to nothing."""
 _TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
 
 
@@ -87,7 +89,8 @@ def brief(rows: pd.DataFrame) -> str:
         lines += [
             "",
             "The ensemble less each tuned booster on the folds that both have, with the corrected "
-            "95 % interval (Nadeau & Bengio); a tie is one whose interval holds 0:",
+            f"95 % interval (Nadeau & Bengio), from {_ENOUGH} folds on; a tie is one whose "
+            "interval holds 0:",
             "",
             row("task", "booster", "folds", *(_SHOWN[name] for name in _COMPARED)),
             row("---", "---", "---:", *["---:"] * len(_COMPARED)),
@@ -132,7 +135,9 @@ def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
         means = means.sort_values("log_loss")
         ours = next((name for name in _OURS if name in means.index), None)
         boosters = [
-            name for name in means.index if name in _TUNED_BOOSTERS and means["folds"][name] > 1
+            name
+            for name in means.index
+            if name in _TUNED_BOOSTERS and means["folds"][name] >= _ENOUGH
         ]
         against = [name for name in (*boosters[:1], ours) if name is not None]
         yield row("method", "folds", *_SHOWN.values(), "seconds")
@@ -158,7 +163,8 @@ def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> It
         return
     yield (
         f"Difference to {rival}{why} on the folds that both have, with the corrected 95 % "
-        "interval (Nadeau & Bengio); a tie is one whose interval holds 0:"
+        f"interval (Nadeau & Bengio), from {_ENOUGH} folds on; a tie is one whose interval holds "
+        "0:"
     )
     yield ""
     yield row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
@@ -190,6 +196,8 @@ def _paired(
 def _difference(gaps: np.ndarray, ratio: float, *, lower: bool) -> str:
     """A mean difference in words: better and worse only where the interval leaves 0 out."""
     mean = float(gaps.mean())
+    if len(gaps) < _ENOUGH:
+        return f"{mean:+.3f}"
     low, high = corrected_interval(gaps, ratio)
     verdict = "tie" if low <= 0 <= high else "better" if (mean < 0) == lower else "worse"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"

@@ -96,7 +96,8 @@ def _in_time(rows: pd.DataFrame) -> Iterator[str]:
     most = rows["given_s"].max()
     yield (
         f"**Lowest out-of-fold log_loss** by seconds since the process began; each method was "
-        f"given {most:.0f} s, AutoGluon also shares of it, a run each{_stand_in(rows)}"
+        f"given {most:.0f} s, AutoGluon (`best_quality`) also shares of it, a run each"
+        f"{_stand_in(rows)}"
     )
     yield ""
     yield row("method", *(f"{most * share:.0f} s" for share in _SHARES))
@@ -105,7 +106,7 @@ def _in_time(rows: pd.DataFrame) -> Iterator[str]:
         cells = []
         for share in _SHARES:
             found = [
-                at(list(zip(part["seconds"], part["log_loss"], strict=True)), most * share)
+                at(part, most * share)
                 for _, part in done[done["method"] == method].groupby("repeat")
             ]
             known = [loss for loss in found if loss is not None]

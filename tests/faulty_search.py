@@ -78,7 +78,8 @@ def faulty_again(how: Any, plan: Any, *given: Any) -> Any:
         if name == "kill" or (name == "kill-once" and first):
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "memory":
-            np.empty(10**12)
+            hoard = [np.ones(2**24) for _ in range(40)]  # 5 GB, a page at a time
+            assert len(hoard) == 40
         return how(*arguments)
 
     return train_in_worker(broken, plan, *given)

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,18 @@ class NoSession(nullcontext["NoSession"]):
 
     def concurrency(self) -> int:
         return 2
+
+
+class Here(nullcontext["Here"]):
+    """In the place of a process, where what this test replaces would not be replaced."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__(self)
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*given))
+        return done
 
 
 def run_here(searcher: StudySearcher, *_: Any, max_epochs: int, **__: Any) -> None:
@@ -39,6 +53,7 @@ def test_every_stretch_of_every_run_is_published_and_shown(
 ) -> None:
     monkeypatch.setattr(growth, "RUNS", ((2, 20), (8, 10)))
     monkeypatch.setattr(growth, "RaySession", NoSession)
+    monkeypatch.setattr(growth, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(tune_steel.ray_tune, "run_trials", run_here)
     monkeypatch.setattr(tune_steel.ray_tune, "train_trial", None)
     table, page = tmp_path / "growth.parquet", tmp_path / "growth.md"

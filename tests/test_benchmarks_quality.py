@@ -10,8 +10,12 @@ import pytest
 
 from benchmarks import boosters, outside, quality, quality_table, rivals
 from benchmarks.rivals import Fold, Outcome, Settings
+from tune_steel.budget import Budget
 from tune_steel.errors import OptionError
+from tune_steel.options import Options
+from tune_steel.problem import Problem
 from tune_steel.scores import score
+from tune_steel.tasks import STEEL_TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(trials=2, max_epochs=2, inner_folds=2, seed=3, threads=2)
@@ -109,6 +113,13 @@ def test_a_killed_benchmark_goes_on_with_what_is_missing(
     run(tmp_path, redo=True, folds="1", tasks="wine")
     assert calls[3:] == [calls[3]] * 2
     assert len(read(tmp_path)[1]) == 569 + 178
+    # Other settings are refused before anything is lost, but where they are of all cells.
+    with pytest.raises(OptionError, match=r"other settings \(trials 2, here 9\)"):
+        run(tmp_path, redo=True, folds="1", trials=9)
+    assert len(calls) == 5
+    assert len(read(tmp_path)[0]) == 4
+    run(tmp_path, redo=True, trials=9)
+    assert read(tmp_path)[0]["trials"].tolist() == [9] * 4
 
 
 def test_the_scores_are_those_of_the_predictions(
@@ -155,6 +166,10 @@ def test_cells_of_other_settings_and_unknown_names_are_refused(
     assert len(calls) == 2
 
 
+OURS = [0.90, 0.92, 0.88, 0.91, 0.89], [0.20, 0.21, 0.19, 0.20, 0.20]
+THEIRS = [0.90, 0.91, 0.90, 0.90, 0.89], [0.40, 0.43, 0.40, 0.40, 0.42]
+
+
 def rows_of(method: str, accuracy: list[float], log_loss: list[float]) -> list[dict[str, Any]]:
     return [
         {
@@ -184,39 +199,40 @@ def rows_of(method: str, accuracy: list[float], log_loss: list[float]) -> list[d
 def test_the_table_names_ties_and_compares_on_common_folds_with_the_corrected_interval() -> None:
     rows = pd.DataFrame(
         [
-            *rows_of("tuned", [0.90, 0.92, 0.88], [0.20, 0.21, 0.19]),
-            *rows_of("LightGBM tuned", [0.90, 0.91, 0.90], [0.40, 0.43, 0.40]),
-            *rows_of("XGBoost tuned", [0.90, 0.91], [0.50, 0.50]),
+            *rows_of("tuned", *OURS),
+            *rows_of("LightGBM tuned", *THEIRS),
+            *rows_of("XGBoost tuned", [0.90, 0.91], [0.10, 0.10]),
         ]
     )
     text = quality_table.render(rows)
     assert "Difference to LightGBM tuned, the tuned booster with the lowest log-loss" in text
     lines = {line.split(" | ")[0]: line for line in text.partition("Difference")[2].splitlines()}
-    # By hand: mean -.21, sd .01, t(2) 4.3027, sqrt(1/3 + 1/9) = 2/3.
-    assert lines["| tuned"].startswith("| tuned | 3 | -0.003 [")
+    # By hand: mean -.21, sd .01, t(4) 2.7764, sqrt(1/5 + 1/9) = .5578.
+    assert lines["| tuned"].startswith("| tuned | 5 | +0.000 [")
     assert "tie |" in lines["| tuned"]
-    assert lines["| tuned"].endswith("| -0.210 [-0.239, -0.181] better |")
-    assert lines["| XGBoost tuned"].startswith("| XGBoost tuned | 2 |")
+    assert lines["| tuned"].endswith("| -0.210 [-0.225, -0.195] better |")
+    # Of two folds there is a mean, and nothing that it would prove.
+    assert lines["| XGBoost tuned"] == "| XGBoost tuned | 2 | -0.005 | +0.000 | -0.105 |"
 
 
 def test_the_short_table_has_the_means_and_the_ensemble_beside_each_tuned_booster() -> None:
     text = quality_table.brief(
         pd.DataFrame(
             [
-                *rows_of("ensemble", [0.90, 0.92, 0.88], [0.20, 0.21, 0.19]),
-                *rows_of("LightGBM tuned", [0.90, 0.91, 0.90], [0.40, 0.43, 0.40]),
+                *rows_of("ensemble", *OURS),
+                *rows_of("LightGBM tuned", *THEIRS),
                 *rows_of("XGBoost tuned", [0.90], [0.10]),
             ]
         ).assign(task="binary")
     )
     lines = text.splitlines()
-    assert "| **tune_steel: ensemble** | 0.900 / 0.500 / 0.200 (3) |" in lines
+    assert "| **tune_steel: ensemble** | 0.900 / 0.500 / 0.200 (5) |" in lines
     # The means of one fold are no place in the ranking.
     assert lines.index("| XGBoost tuned | 0.900 / 0.500 / 0.100 (1) |") == 6
     against = [line for line in lines if line.startswith("| binary | ")]
     assert len(against) == 1
-    assert against[0].startswith("| binary | LightGBM tuned | 3 | -0.003 [")
-    assert against[0].endswith("| -0.210 [-0.239, -0.181] better |")
+    assert against[0].startswith("| binary | LightGBM tuned | 5 | +0.000 [")
+    assert against[0].endswith("| -0.210 [-0.225, -0.195] better |")
 
 
 def test_readme_and_docs_show_what_is_published() -> None:
@@ -227,6 +243,10 @@ def test_readme_and_docs_show_what_is_published() -> None:
     ):
         rest = path.read_text().split(quality_table.BEGIN)[1]
         assert rest.split(quality_table.END)[0].strip() == text.strip(), path.name
+    ours = rows[rows["cell"].isin(["tune_steel", "without try", "random search"])]
+    steel = ours[ours["task"].isin(STEEL_TASKS)]
+    assert set(steel["data_source"]) == {"file"}
+    assert not steel["git_commit"].str.endswith("+changes").any()
 
 
 def test_the_product_s_problem_is_the_outer_fold(space_file: Path) -> None:
@@ -237,6 +257,51 @@ def test_the_product_s_problem_is_the_outer_fold(space_file: Path) -> None:
     problem = rivals.problem_of(fold, options)
     assert problem.sealed.rows.tolist() == fold.test.tolist()
     assert problem.development.rows.tolist() == fold.train.tolist()
+
+
+@pytest.mark.parametrize("method", ["tune_steel", "without try", "random search"])
+def test_the_product_tries_its_placed_config_first_only_where_it_runs_as_it_is_shipped(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SeenError(Exception):
+        pass
+
+    def look(options: Options, problem: Problem, *_: Any) -> int:
+        assert len(problem.space.tries) == (method == "tune_steel")
+        assert (options.search, options.scheduler, options.budget) == (
+            ("random", "none", Budget(100_000, epochs=7))
+            if method == "random search"
+            else ("tpe", "asha", Budget(SETTINGS.trials))
+        )
+        raise SeenError
+
+    monkeypatch.setattr(rivals, "run_problem", look)
+    table, task = quality.load("binary", "stand-in")
+    train, test = quality.outer_folds(task, 4, 0, 3)[1]
+    fold = Fold(table, task, train, test, 5, SETTINGS, {"epochs": 7})
+    with pytest.raises(SeenError):
+        quality.METHODS[method](fold)
+
+
+def test_what_runs_in_another_environment_gets_the_rows_and_gives_every_class_its_column(
+    tmp_path: Path,
+) -> None:
+    """Its interpreter is a script here, which answers as such a library would."""
+    answer = tmp_path / "answer.py"
+    answer.write_text(
+        "import json, sys, pandas as pd\n"
+        "_, script, name, train, test, out, options = sys.argv\n"
+        "train, test = pd.read_parquet(train), pd.read_parquet(test)\n"
+        "assert name == 'TabM' and json.loads(options)['threads'] == 2\n"
+        "assert 'y' in train and 'y' not in test\n"
+        "pd.DataFrame({'p2': test['f0'], 'p0': test['f0'] * 3}).to_parquet(out)\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {answer} "$@"\n')
+    python.chmod(0o755)
+    fold = wine_fold(python=python)
+    (p,) = outside.METHODS["TabM"](fold).probabilities.values()
+    assert p == pytest.approx(np.tile([0.75, 0.0, 0.25], (len(fold.test), 1)))
 
 
 @pytest.mark.ray

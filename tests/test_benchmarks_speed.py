@@ -228,10 +228,14 @@ def test_the_curves_table_has_the_lowest_loss_by_each_time_and_who_is_missing() 
         [
             *({**curve, "method": "tune_steel", "seconds": s, "log_loss": p} for s, p in points),
             {**curve, "method": "autogluon", "note": "exit code 1: no"},
+            {**curve, "method": "autogluon", "given_s": 2.0, "seconds": 3.0, "log_loss": 0.1},
+            {**curve, "method": "autogluon", "given_s": 4.0, "seconds": 6.0, "log_loss": 0.2},
         ]
     )
     lines = speed_table.in_time(in_time).splitlines()
     assert "| tune_steel | 0.5000 | 0.3000 | 0.3000 | 0.3000 |" in lines
+    # Of separate runs the one that was given most, not the one that came out best.
+    assert "| AutoGluon | - | 0.1000 | 0.2000 | 0.2000 |" in lines
     assert "- AutoGluon, given 8 s: exit code 1: no" in lines
 
 

@@ -1,6 +1,8 @@
 """What a search leaves, read back: files, figures and model of one run agree."""
 
 import json
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from conftest import SMALL_SPACE
 from optuna.trial import TrialState
 from searches import SMALL, check_plain, finish, only_run, read, start
 
+from benchmarks import quality_in_time, speed
+from benchmarks.process import Usage
 from tune_steel.choice import candidates, members
 from tune_steel.ensemble import MEMBERS, combine
 from tune_steel.loss import class_weights
@@ -281,3 +285,27 @@ def test_what_a_run_prints_is_a_table_and_a_few_plain_lines(
     first = max(used, key=lambda member: member["weight"])
     line = f"ensemble of {len(used)} of {len(told)}: trial {first['trial']} (mlp) "
     assert line + f"{first['weight']:.2f}" in out
+
+
+def test_the_speed_benchmarks_read_its_trials_and_when_they_ended(
+    finished: tuple[Path, str, str],
+) -> None:
+    run = finished[0]
+    trials = read(run, "trials").set_index("trial")
+    outcome = speed.read_own(run.parent, 100)
+    assert len(outcome.trials) == len(trials) == 8
+    assert sum(trial.epochs for trial in outcome.trials) == len(read(run, "epochs"))
+    best = trials.loc[json.loads((run / "run.json").read_text())["best_trial"]]
+    assert outcome.chosen.best_val_loss == best["val_loss"]
+    assert outcome.chosen.config["optimizer.lr"] == best["optimizer.lr"]
+    began = datetime.strptime(run.name.split("-", 1)[1], "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
+    ends = [trial.ended for trial in outcome.trials]
+    assert began.timestamp() < ends[0]
+    assert ends == sorted(ends)
+    assert ends[-1] < (run / "scores.parquet").stat().st_mtime
+    assert len(speed.read_own(run.parent, 5).trials) == 5
+    usage = Usage(began.timestamp(), 0.0, 0.0, 0.0, 0, "")
+    ours = quality_in_time.Ours(sys.executable, 60.0, 0, 2)
+    points, _ = ours.read(run.parent, usage)
+    assert sorted(at for at, _ in points) == pytest.approx([e - began.timestamp() for e in ends])
+    assert sorted(loss for _, loss in points) == sorted(trials["val_log_loss"])

@@ -358,6 +358,16 @@ def test_a_gap_among_categories_is_a_category_and_one_that_was_not_known_is_all_
     assert np.array_equal(new[1:], out[1:3])
 
 
+def test_categories_are_known_again_where_a_gap_made_floats_of_them_and_what_is_strange_is_said():
+    schema, _ = learn_schema(pd.DataFrame({"c": ["1", "2", "1", "3"]}), ["c"])
+    as_floats = pd.DataFrame({"c": [2.0, np.nan, 1.0]})
+    assert schema.encode(as_floats).codes[:, 0].tolist() == [1, -1, 0]
+    with pytest.warns(
+        UserWarning, match=r"column c: no value of it \(a, b\) was there in training"
+    ):
+        assert (schema.encode(pd.DataFrame({"c": ["b", "a", None]})).codes == -1).all()
+
+
 def own_frame(classes):
     rng = np.random.default_rng(classes)
     y = rng.integers(0, classes, 150)

@@ -12,9 +12,10 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+import ray
 from conftest import SMALL_SPACE, Command
 from optuna.trial import TrialState
-from searches import SMALL, check_plain, only_run, read
+from searches import SMALL, check_plain, only_run, processes_of, read
 
 from tune_steel.predict import load_model
 from tune_steel.study import open_study
@@ -171,6 +172,7 @@ def test_ctrl_c_writes_and_scores_what_is_finished_and_says_so(
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and len(_ended(tmp_path)) < 5:
             time.sleep(0.5)
+        _check_processes(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
         out, err = process.communicate(timeout=120)
     finally:
@@ -187,6 +189,21 @@ def test_ctrl_c_writes_and_scores_what_is_finished_and_says_so(
     assert len(read(run, "scores")) > 0
     study = open_study(run / "study.journal", run.name)
     assert TrialState.RUNNING not in [t.state for t in study.trials]
+
+
+def _check_processes(pid: int) -> None:
+    """A private Ray is what workers need, and no process more."""
+    package = Path(ray.__file__).parent
+    lines = processes_of(pid).values()
+    assert any("gcs_server" in line for line in lines)
+    for part in (
+        "autoscaler/_private/monitor.py",
+        "_private/log_monitor.py",
+        "dashboard/dashboard.py",
+    ):
+        helper = package / part
+        assert helper.exists()
+        assert not [line for line in lines if str(helper) in line]
 
 
 def _ended(folder: Path) -> list[optuna.trial.FrozenTrial]:

@@ -1,3 +1,4 @@
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from benchmarks.simulate import (
 )
 from benchmarks.surrogate import Curve, Surrogate, random_params
 from benchmarks.virtual import Mark, Search, Setting, model, replay
+from tune_steel.options import default_grace_period
 from tune_steel.scheduler import rungs
+from tune_steel.search import search
 from tune_steel.space import Params, Space, load_space
 
 MOST = 20
@@ -199,11 +202,12 @@ def test_the_page_of_the_defaults_shows_the_published_figures() -> None:
 
 def test_the_products_defaults_are_those_that_were_compared_first() -> None:
     """What all others were compared with is what `make search` does."""
-    options = json.loads((PUBLISHED.parent / "runs.json").read_text())[0]["options"]
-    assert (options["grace_period"], options["reduction_factor"]) == (
-        DEFAULT.grace,
-        DEFAULT.factor,
-    )
+    given = inspect.signature(search).parameters
+    assert given["scheduler"].default == "asha"
+    assert given["reduction_factor"].default == DEFAULT.factor
+    assert given["grace_period"].default is None
+    assert default_grace_period(given["max_epochs"].default) == DEFAULT.grace
+    assert given["search"].default == "tpe"
     first = modelled()[0]
     assert (first.search, first.tpe) == ("tpe", {})
     repeats = {r["part"]: r["repeats"] for r in pq.read_table(PUBLISHED).to_pylist()}

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL_SPACE, Command
+from conftest import SMALL_SPACE
 from optuna.trial import TrialState
 from searches import finish, only_run, options_of, read, start, study_of
 
@@ -593,8 +593,17 @@ def given_on_the_command_line(space: Path) -> tuple[object, ...]:
     )
 
 
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*given: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("tune_steel.job.RaySession", start)
+
+
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("text", ["{", '{"lr": 1}', '{"optimizer.lr": 7}', '{"model.width_2": 8}'])
-def test_a_bad_config_by_hand_ends_the_command_line_with_2_before_anything_is_written(
+def test_a_bad_config_by_hand_ends_the_command_line_with_2_before_anything_is_started(
     inside: Callable[..., tuple[int, str, str]], space_path: Path, text: str
 ) -> None:
     messages = dict(TRIES) | {
@@ -611,15 +620,24 @@ def test_a_bad_config_by_hand_ends_the_command_line_with_2_before_anything_is_wr
     assert list(Path().glob("results/*")) == []
 
 
-def test_a_missing_earlier_run_ends_the_command_line_with_2(
-    command: Command, space_path: Path, tmp_path: Path
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "--warm-start nowhere: this is neither a run's"),
+        ("empty", "empty: this is no folder of a run (No such file or directory: run.json)"),
+    ],
+)
+def test_what_is_no_earlier_run_ends_the_command_line_with_2_before_anything_is_started(
+    inside: Callable[..., tuple[int, str, str]], space_path: Path, given: str, message: str
 ) -> None:
-    given = given_on_the_command_line(space_path)
-    done = command(*given, "--warm-start", "nowhere")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("tune_steel: error: --warm-start nowhere: this is neither a run's")
-    assert list((tmp_path / "elsewhere").glob("results/*")) == []
+    Path("empty").mkdir()
+    others = given_on_the_command_line(space_path)
+    code, out, err = inside(*others, "--warm-start", given)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"tune_steel: error: {message}")
+    assert list(Path().rglob("*")) == [Path("empty")]
 
 
 @pytest.mark.parametrize("source", ["folder", "table", "hand"])

@@ -5,6 +5,7 @@ Scaling, imputing and one-hot coding are fitted fold by fold in `preprocess.py`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,9 @@ class Schema:
 
         Raises:
             DataError: A column is missing, not numeric, or holds an infinite value.
+
+        Warns:
+            UserWarning: No value of a categorical column is a known one.
         """
         names = [*self.numeric, *(name for name, _ in self.categorical)]
         absent = [name for name in names if name not in frame.columns]
@@ -69,7 +73,15 @@ class Schema:
         codes = np.empty((len(frame), len(self.categorical)), dtype=np.int64)
         for i, (name, values) in enumerate(self.categorical):
             position = {value: code for code, value in enumerate(values)}
-            codes[:, i] = [position.get(v, -1) for v in _as_text(frame[name])]
+            texts = _as_text(frame[name])
+            codes[:, i] = [position.get(text, -1) for text in texts]
+            given = set(texts) - {MISSING}
+            if given and not given & position.keys():
+                warnings.warn(
+                    f"column {name}: no value of it ({shorten(sorted(given))}) was there in "
+                    f"training ({shorten(list(values))}); they count as unknown",
+                    stacklevel=2,
+                )
         return Features(numeric, codes)
 
 
@@ -90,7 +102,14 @@ class Features:
 
 def _as_text(column: pd.Series[Any]) -> list[str]:
     gaps = column.isna().to_numpy()
-    return [MISSING if gap else str(v) for v, gap in zip(column.tolist(), gaps, strict=True)]
+    return [MISSING if gap else as_text(v) for v, gap in zip(column.tolist(), gaps, strict=True)]
+
+
+def as_text(value: object) -> str:
+    """A category or class in words: 1.0 is 1, for a gap makes floats of a column of integers."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def learn_schema(frame: pd.DataFrame, features: Sequence[str]) -> tuple[Schema, list[str]]:

@@ -246,8 +246,6 @@ class Fit:
         """
         # In a small table fewer rows are left; a row of the batch must not come twice.
         context = min(self._context, order.shape[1] - size)
-        if not context:
-            return order[:, rows].reshape(len(order), -1, size).transpose(0, 1)
         starts = torch.arange(rows.start, rows.stop, size, device=self._device).unsqueeze(1)
         steps = starts + torch.arange(size + context, device=self._device)
         return order[:, steps % order.shape[1]].transpose(0, 1)

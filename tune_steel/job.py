@@ -21,7 +21,7 @@ from tune_steel.run_folder import RunFolder, make_folder, read_record
 from tune_steel.splits import Development
 from tune_steel.study import SCORED, TrialRecord, heal_journal, open_study, run_lock
 from tune_steel.terminal import say, show
-from tune_steel.warm_start import Beginning, beginning, first_configs
+from tune_steel.warm_start import Beginning, beginning, check_beginning
 
 if TYPE_CHECKING:
     from tune_steel.finalists import Finalists
@@ -40,7 +40,7 @@ def run_search(options: Options) -> int:
         SearchFailedError: The search cannot go on, or every trial failed.
     """
     question = load(options)
-    first_configs(options, question.space)  # mistakes are said before anything is started
+    check_beginning(options, question.space)
     if options.dry_run:
         from tune_steel.dry_run import dry_run
 

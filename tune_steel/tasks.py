@@ -9,7 +9,7 @@ import pandas as pd
 
 from tune_steel.data import FAULT_NAMES, FEATURES, FLAGS, Table
 from tune_steel.errors import DataError, OptionError
-from tune_steel.features import Ints, shorten
+from tune_steel.features import Ints, as_text, shorten
 
 STEEL_TASKS = ("binary", "multiclass", "faults7")
 _MOST_CLASSES = 100
@@ -106,15 +106,9 @@ def own_task(table: Table, target: str | None) -> Task:
     features.columns = features.columns.astype(str)
     return Task(
         table.name,
-        tuple(_label(v) for v in unique),
+        tuple(as_text(v) for v in unique),
         tuple(features.columns),
         features,
         y.astype(np.int64),
         np.arange(len(frame), dtype=np.int64),
     )
-
-
-def _label(value: object) -> str:
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value)

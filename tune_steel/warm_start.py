@@ -49,6 +49,20 @@ class Beginning:
             study.add_trials(self.trials)
 
 
+def check_beginning(options: Options, space: Space) -> None:
+    """Finds mistakes in what a search is to begin with, before anything is started.
+
+    Raises:
+        OptionError: A config that is not in the space, or no earlier run.
+    """
+    first_configs(options, space)
+    for path in options.warm_start:
+        if path.is_dir():
+            read_record(path)
+        else:
+            _of_a_table(path)
+
+
 def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Beginning:
     """What the options ask a search to begin with.
 
