@@ -3,7 +3,7 @@
 # make lint       install, then ruff and mypy
 # make clean      remove what make and the tools made; results/ stays
 #
-# Only Python 3.11 or newer, with its venv module, is needed. PYTHON=... names another interpreter.
+# Only Python 3.11 to 3.14, with its venv module, is needed. PYTHON=... names another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,8 +33,8 @@ clean:
 
 # A stamp is written after its step has succeeded, so an interrupted install is done again.
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "make: $(PYTHON) must be Python 3.11 or newer with its venv module (Debian: apt install python3-venv); make PYTHON=... names another" >&2; \
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || { \
+	  echo "make: $(PYTHON) must be Python 3.11 to 3.14 with its venv module (Debian: apt install python3-venv); make PYTHON=... names another" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@

@@ -1,6 +1,7 @@
 """Schedulers and searchers, compared by the thousand on recorded learning curves.
 
-    python -m tune_steel.search --task binary --search random --scheduler none --samples 300 \
+    python -m tune_steel.search --task binary --space benchmarks/spaces/binary.toml \
+        --search random --scheduler none --samples 300 \
         --output runs
     python -m benchmarks.simulate record --from runs/binary-...
     python -m benchmarks.simulate compare

@@ -3,7 +3,10 @@
 Ray's check does not look into node_config, so instance types and images are not covered.
 """
 
+import tune_steel.ray_environment  # noqa: F401
+
 import copy
+import os
 import tomllib
 from pathlib import Path
 
@@ -97,3 +100,11 @@ def test_the_head_makes_the_token_and_the_workers_get_it():
     assert any("ray get-auth-token --generate" in c for c in config["head_setup_commands"])
     assert not any("get-auth-token" in c for c in config["worker_setup_commands"])
     assert config["cluster_synced_files"] == ["~/.ray/auth_token"]
+
+
+def test_workers_get_the_settings_that_those_of_a_private_ray_have():
+    (start,) = [c for c in written()["worker_start_ray_commands"] if "ray start" in c]
+    names = {n for n in os.environ if n.startswith("MALLOC_")} | {"RAY_memory_monitor_refresh_ms"}
+    assert len(names) == 4
+    for name in names:
+        assert f" {name}={os.environ[name]} " in start

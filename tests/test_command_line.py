@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Command
 
+from tune_steel.search import main
+
 STAND_IN = ("--task", "binary", "--source", "stand-in")
 
 
@@ -164,6 +166,8 @@ def test_a_dry_run_prints_the_space_the_splits_and_the_first_configs_and_runs_no
     done = command(*STAND_IN, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "splits: train 1747, val 97, test 97" in done.stdout
+    assert "\nnumeric columns: V1, V2, " in done.stdout
+    assert "\ncategorical columns: none\n" in done.stdout
     assert "ASHA may stop trials after epochs 6, 18 of 50" in done.stdout
     assert 'model.dropout = {"float": [0.0, 0.6], "default": 0.35}' in done.stdout
     first = json.loads(done.stdout.split("  0: ")[1].splitlines()[0])
@@ -186,3 +190,14 @@ def test_help_names_every_option(command: Command) -> None:
         "--dry-run",
     ):
         assert option in done.stdout
+
+
+def test_another_system_than_linux_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tune_steel: error: tune_steel needs Linux")

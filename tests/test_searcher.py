@@ -390,6 +390,27 @@ def test_failures_in_a_row_end_the_search_and_one_success_forgives_them(tmp_path
     assert again.stop.reason is None
 
 
+def test_a_node_that_takes_many_trials_with_it_is_no_row_of_failures(tmp_path: Path) -> None:
+    given = {"budget": Budget(100, give_up_after=3), "max_failures": 1}
+    searcher = searcher_of(open_study(tmp_path / "j", "run"), **given)
+
+    def lose(names: str) -> None:
+        for name in names:
+            searcher.suggest(name)
+        for name in names:
+            searcher.on_trial_complete(name, error=True)
+            searcher.fail(name, "ActorDiedError: gone", lost=True)
+
+    lose("abcdefgh")
+    assert [record.state for record in searcher.records] == ["LOST"] * 8
+    assert searcher.stop.reason is None
+    lose("ij")  # the first two configs once more: now they fail
+    assert searcher.stop.reason is None
+    lose("k")
+    assert searcher.stop.failed
+    assert "3 trials in a row failed, the last one with ActorDiedError" in searcher.stop.reason
+
+
 def test_a_slow_sampler_in_a_thread_keeps_no_report_waiting(
     searcher: StudySearcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,9 +98,9 @@ class Stop:
         """
         budget = self._budget
         failures = _last_in_a_row(ended[earlier:])
-        if failures >= budget.give_up_after:
+        if len(failures) >= budget.give_up_after:
             self.end(
-                f"{failures} trials in a row failed, the last one with {ended[-1].error}",
+                f"{len(failures)} trials in a row failed, the last one with {failures[-1].error}",
                 now=True,
                 failed=True,
             )
@@ -111,10 +111,16 @@ class Stop:
                 self.end(f"{budget.stalled} trials in a row found nothing better", now=False)
 
 
-def _last_in_a_row(ended: Sequence[TrialRecord]) -> int:
-    count = 0
-    for record in reversed(ended):
-        if record.state not in ("FAIL", "LOST"):
-            break
-        count += 1
-    return count
+def _last_in_a_row(ended: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The failures since the last trial with a score.
+
+    A LOST one is none: a cluster's node that is taken away loses many at once. A config that is
+    lost again and again fails.
+    """
+    failures: list[TrialRecord] = []
+    for record in ended:
+        if record.state == "FAIL":
+            failures.append(record)
+        elif record.state != "LOST":
+            failures.clear()
+    return failures

@@ -23,6 +23,7 @@ _FIRST_CONFIGS = 5
 def dry_run(options: Options, problem: Problem) -> None:
     """Prints the resolved space, the splits and the first configs; trains nothing."""
     splits, task, space = problem.splits, problem.task, problem.space
+    schema = problem.development.schema
     stops = rungs(options.max_epochs, options.grace_period, options.reduction_factor)
     folds = ", ".join(f"{len(train)}+{len(val)}" for train, val in splits.folds)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -39,6 +40,8 @@ def dry_run(options: Options, problem: Problem) -> None:
     lines = [
         f"data: {problem.table.source}, {len(problem.table.frame)} rows",
         f"task: {task.name}; classes: {', '.join(task.classes)}",
+        f"numeric columns: {', '.join(schema.numeric) or 'none'}",
+        f"categorical columns: {', '.join(name for name, _ in schema.categorical) or 'none'}",
         f"splits: train {len(splits.train)}, val {len(splits.val)}, test {len(splits.test)} "
         f"(test hash {split_hash(task.rows[splits.test])[:12]}); folds: {folds}",
         {

@@ -234,6 +234,9 @@ _FIELDS = {
 
 def main() -> None:
     """The `tune-steel` command."""
+    if not sys.platform.startswith("linux"):
+        say("error: tune_steel needs Linux; on Windows that is WSL, on a Mac a container")
+        sys.exit(EXIT_USAGE)
     try:
         code = app(standalone_mode=False)
     except TuneSteelError as error:

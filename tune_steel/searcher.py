@@ -317,4 +317,5 @@ def _reason(trial: Trial) -> tuple[str, bool]:
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}", False
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}", True
+    why = "an epoch above --epoch-timeout, no memory left (--memory), or a lost node?"
+    return f"{type(error).__name__}: {first_line} ({why})", True
