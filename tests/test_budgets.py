@@ -51,7 +51,7 @@ def test_an_epochs_budget_ends_the_search_at_that_epoch(space_file: Path, tmp_pa
     assert 30 <= len(epochs) <= 32  # a report of another trial may be on its way
     # The budget is of one process: the run goes on where it is asked to.
     code, _, err = finish(
-        start(tmp_path, "--resume", only_run(tmp_path), "--samples", 8, "--until-stalled", 50)
+        start(tmp_path, "--resume", only_run(tmp_path), "--samples", 8, "--epochs-budget", 300)
     )
     assert code == 0, err
     assert read(only_run(tmp_path), "trials")["state"].isin(ENDED).sum() >= 8

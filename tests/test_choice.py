@@ -72,3 +72,5 @@ def test_the_members_are_the_best_and_the_last_place_is_another_familys(space: S
     assert numbers(members(ranked, 1)) == [0]
     assert numbers(members(ranked[:4], 3)) == [0, 1, 2]  # there is one family only
     assert numbers(members(ranked, 99)) == list(range(7))
+    assert numbers(members(ranked[:4], 99)) == [0, 1, 2, 3]
+    assert numbers(members(ranked[:1], 10)) == [0]

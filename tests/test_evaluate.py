@@ -261,7 +261,7 @@ def test_a_default_without_an_epoch_is_said(decaying_space: Space, steel_rows: R
     failed = replace(best, number=0, state="FAIL", epochs=[])
     done = run([best], failed, steel_rows)
     assert names(done) == ["ensemble", "bagged", "tuned", "boosting"]
-    assert "no trial of it got past an epoch" in done.notes[0]
+    assert "no trial of it ran to its end" in done.notes[0]
 
 
 @pytest.mark.parametrize("where", [refit, retrain])

@@ -257,15 +257,13 @@ def test_a_gap_in_a_column_without_a_flag_is_filled_without_one(scaling):
 @pytest.mark.parametrize("scaling", SCALINGS)
 # The mean of many a constant float is off by a rounding error, so its variance is not 0.
 @pytest.mark.parametrize("value", [0.0, 7.0, 0.1, -1e9, 123456789.123])
-def test_a_column_that_is_constant_in_a_fold_stays_finite_and_becomes_zero_there(scaling, value):
+def test_a_column_that_is_constant_in_a_fold_is_left_out_of_it(scaling, value):
     numeric = draw(60)[:, :2]
     numeric[:40, 1] = value
-    numeric[40:, 1] = value + 2.0
+    numeric[40:, 1] = value + 5000.0
     out = transformed(fitted(scaling, numeric, np.arange(40)), numeric)[0]
     assert np.isfinite(out).all()
-    np.testing.assert_allclose(out[:40, 1], 0, atol=1e-6)
-    assert (out[40:, 1] > 0.5).all()
-    assert np.abs(out).max() < 10
+    assert (out[:, 1] == 0).all()  # elsewhere too: nothing could be learnt of it
     np.testing.assert_array_equal(
         out[:, 0],
         transformed(fitted(scaling, numeric[:, :1], np.arange(40)), numeric[:, :1])[0, :, 0],

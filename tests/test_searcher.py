@@ -13,6 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 import tune_steel.searcher
+import tune_steel.study
 from tune_steel.budget import Budget
 from tune_steel.errors import RunError
 from tune_steel.job import begin
@@ -353,6 +354,10 @@ def test_an_epochs_budget_ends_the_search_with_the_epoch_that_uses_it_up(
     play(searcher, [0.9] * 3)
     assert searcher.stop.now
     assert searcher.suggest("x") == Searcher.FINISHED
+    # It is of one process.
+    again = searcher_of(open_study(tmp_path / "j", "run"), budget=Budget(100, epochs=5))
+    play(again, [0.9] * 3)
+    assert again.stop.reason is None
 
 
 def test_a_search_without_progress_begins_no_trial_and_lets_the_running_ones_end(
@@ -366,6 +371,48 @@ def test_a_search_without_progress_begins_no_trial_and_lets_the_running_ones_end
     assert searcher.stop.reason == "2 trials in a row found nothing better"
     assert not searcher.stop.now
     assert searcher.suggest("x") == Searcher.FINISHED
+    # A process that goes on has as many trials again, and what was better before is no progress.
+    again = searcher_of(open_study(tmp_path / "j", "run"), budget=Budget(100, stalled=2))
+    play(again, [0.41] * MOST)
+    assert again.stop.reason is None
+    play(again, [0.42] * MOST)
+    assert again.stop.reason == "2 trials in a row found nothing better"
+
+
+def test_a_given_config_that_was_killed_half_sampled_is_given_again(tmp_path: Path) -> None:
+    space = load_space(spaces_folder() / "binary.toml")
+    study = open_study(tmp_path / "j", "run")
+    begin(study, Beginning([space.defaults()]))
+    trial = study.ask()
+    trial.set_user_attr("slot", 0)
+    trial.suggest_float("optimizer.lr", 1e-4, 3e-2, log=True)
+    assert len(trial.params) == 1  # the process is killed here
+    searcher = searcher_of(open_study(tmp_path / "j", "run"))
+    assert searcher.queued == 1
+    searcher.suggest("a")
+    assert searcher.records[-1].params == space.defaults()
+
+
+def test_a_config_queued_again_while_another_is_thought_about_keeps_its_slot_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher = searcher_of(open_study(tmp_path / "j", "run"), max_failures=1)
+    searcher.suggest("a")
+    study = searcher._study
+    real = tune_steel.study.make_sampler
+
+    def make_sampler(*given: Any) -> Any:
+        searcher.on_trial_complete("a", error=True)
+        searcher.fail("a", "ActorDiedError: gone", lost=True)
+        monkeypatch.setattr(tune_steel.study, "make_sampler", real)
+        return real(*given)
+
+    monkeypatch.setattr(tune_steel.study, "make_sampler", make_sampler)
+    _, record = tune_steel.study._ask(study, searcher._space, "random", 3, None)
+    first = searcher.records[0]
+    assert (record.retry_of, record.slot, record.seed) == (0, first.slot, first.seed)
+    assert record.params == first.params
+    assert tune_steel.study.next_slot(study) == 1
 
 
 def test_failures_in_a_row_end_the_search_and_one_success_forgives_them(tmp_path: Path) -> None:

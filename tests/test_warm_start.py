@@ -460,6 +460,7 @@ def test_a_run_on_another_table_does_not_inform_the_sampler(
     frame.to_csv(own_csv, index=False)
     now = begun(run, **own)
     assert "do not inform the sampler, because its table has the hash" in now.notes
+    assert "as far as that one holds this run's test rows, its configs were chosen" in now.notes
     assert now.beginning.trials == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ class Stop:
             self.end(f"its time budget of {most:g} s is used up", now=True)
 
     def check_epochs(self, epochs: int) -> None:
-        """To be called after every epoch with the epochs of all trials so far."""
+        """To be called after every epoch with this process's epochs of all trials so far."""
         most = self._budget.epochs
         if most is not None and epochs >= most:
             self.end(f"its budget of {most} epochs is used up", now=True)
@@ -94,7 +95,8 @@ class Stop:
 
         Args:
             ended: Those that have ended, in the order they did.
-            earlier: How many of them an earlier process ran; their failures are forgiven.
+            earlier: How many of them an earlier process ran; their failures are forgiven, and
+                that they found nothing better.
         """
         budget = self._budget
         failures = _last_in_a_row(ended[earlier:])
@@ -105,9 +107,13 @@ class Stop:
                 failed=True,
             )
         if budget.stalled is not None:
-            scored = [r for r in ended if r.state in ("COMPLETE", "PRUNED")]
-            losses = [r.epochs[-1]["best_val_loss"] for r in scored]
-            if losses and len(losses) - 1 - losses.index(min(losses)) >= budget.stalled:
+            before, here = (
+                [r.epochs[-1]["best_val_loss"] for r in part if r.state in ("COMPLETE", "PRUNED")]
+                for part in (ended[:earlier], ended[earlier:])
+            )
+            best = min(before + here, default=math.inf)
+            since = len(here) if best in before or not here else len(here) - 1 - here.index(best)
+            if since >= budget.stalled:
                 self.end(f"{budget.stalled} trials in a row found nothing better", now=False)
 
 

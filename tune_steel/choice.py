@@ -39,6 +39,7 @@ def members(ranked: list[TrialRecord], most: int) -> list[TrialRecord]:
     taken, rest = ranked[:most], ranked[most:]
     families = {record.config.model.family for record in taken}
     if len(families) == 1 and most > 1:
-        others = (r for r in rest if r.config.model.family not in families)
-        taken = [*taken[: most - 1], next(others, taken[-1])]
+        others = [r for r in rest if r.config.model.family not in families]
+        if others:
+            taken = [*taken[: most - 1], others[0]]
     return taken

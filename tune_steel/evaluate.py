@@ -141,7 +141,7 @@ def evaluate(
         notes.append(f"bagged is missing below: {finalists.left_out[best.number]}")
     for name, label, record in (("tuned", "the best trial", best), ("default", _DEFAULT, default)):
         if record is None or record.best is None:
-            notes.append(f"{label} is missing below: no trial of it got past an epoch")
+            notes.append(f"{label} is missing below: no trial of it ran to its end")
         elif record.number in finalists.networks:
             one = on_all_rows(Plan.of(record))
             entrants.append(_Entrant(name, one.probabilities, _validation(record)))

@@ -129,9 +129,13 @@ def _column_quantiles(x: Floats, references: Floats) -> Floats:
 
 
 def _inverse(scale: Floats, x: Floats) -> Floats:
-    """1 / scale, and 1 where a column is constant in a fold."""
+    """1 / scale, and 0 where a column is constant in a fold.
+
+    Its networks could learn nothing of such a column, and another value in it would meet weights
+    that were never trained, in whatever unit it has.
+    """
     constant = x.min(axis=0) == x.max(axis=0)  # its deviation may be a rounding error
-    return np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, scale))
+    return np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, scale))
 
 
 def _standard(x: Floats, state: dict[str, Floats]) -> Floats:
@@ -152,6 +156,9 @@ def _quantile(x: Floats, state: dict[str, Floats]) -> Floats:
     out = np.empty_like(x)
     for i in range(x.shape[1]):
         q = quantiles[:, i]
+        if q[0] == q[-1]:  # constant, as in `_inverse`
+            out[:, i] = 0
+            continue
         # From both sides, so that a repeated value gets the middle of its ranks.
         below = np.interp(x[:, i], q, references)
         above = np.interp(-x[:, i], -q[::-1], -references[::-1])

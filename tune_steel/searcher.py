@@ -104,7 +104,7 @@ class StudySearcher(Searcher):
         )
         self._earlier = len(self._order)
         self.ended = sum(r.state in ENDED for r in self.records)
-        self._epochs = sum(len(r.epochs) for r in self.records)
+        self._epochs = 0
         self._asked: dict[str, tuple[optuna.Trial, TrialRecord]] = {}
         self._running = 0
         self.background = False

@@ -177,7 +177,8 @@ def enqueue_again(study: optuna.Study, number: int, slot: int, params: Params) -
 def reclaim(study: optuna.Study, space: Space) -> int:
     """Queues again what an ended process left unfinished; returns how many trials are queued.
 
-    A trial that died before all its parameters were sampled is sampled again.
+    A trial that died before all its parameters were sampled is sampled again, unless its config
+    was given.
     """
     with together(study, durable=True):
         return _reclaim(study, space)
@@ -190,7 +191,9 @@ def _reclaim(study: optuna.Study, space: Space) -> int:
         if not running and trial.user_attrs.get("state") != "INTERRUPTED":
             continue
         if slot is not None:  # without one, it died before it had anything
-            enqueue_again(study, trial.number, slot, trial.params if _whole(trial, space) else {})
+            given = trial.system_attrs.get("fixed_params") or {}
+            params = trial.params if _whole(trial, space) else given
+            enqueue_again(study, trial.number, slot, params)
         if running:
             study._storage.set_trial_user_attr(trial._trial_id, "state", "INTERRUPTED")
             study._storage.set_trial_user_attr(trial._trial_id, "error", "the process was killed")
@@ -257,6 +260,8 @@ def _ask(
     # A sampler of a whole config would think in vain about one that is given.
     study.sampler = make_sampler("random" if given else search, seed, slot)
     trial = study.ask()
+    # While it was thought about a new one, a config may have been queued again: it keeps its slot.
+    slot = trial.user_attrs.get("slot", slot)
     trial.set_user_attr("slot", slot)
     params = space.suggest(trial)
     try:

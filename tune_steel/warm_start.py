@@ -170,7 +170,12 @@ def _of_a_run(path: Path, space: Space, record: Mapping[str, Any], out: Beginnin
         out.trials += [_imported(t, earlier["run"]) for t in ended]
         out.notes.append(f"--warm-start {path}: {len(ended)} trials inform the sampler")
     searched_on = set(record["splits"]["test_rows"]) - set(earlier["splits"]["test_rows"])
-    if searched_on and "data" not in changed:
+    if "data" in changed:
+        out.notes.append(
+            f"--warm-start {path}: its table is another one; as far as that one holds this "
+            "run's test rows, its configs were chosen on them, which flatters the test scores"
+        )
+    elif searched_on:
         out.notes.append(
             f"--warm-start {path}: it searched on some of this run's test rows, which flatters "
             "the test scores; use the same --seed and --split for clean ones"
