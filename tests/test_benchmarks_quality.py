@@ -231,7 +231,7 @@ def test_the_short_table_has_the_means_and_the_ensemble_beside_each_tuned_booste
     assert lines.index("| XGBoost tuned | 0.900 / 0.500 / 0.100 (1) |") == 6
     against = [line for line in lines if line.startswith("| binary | ")]
     assert len(against) == 1
-    assert against[0].startswith("| binary | LightGBM tuned | 5 | +0.000 [")
+    assert against[0].startswith("| binary | as shipped | LightGBM tuned | 5 | +0.000 [")
     assert against[0].endswith("| -0.210 [-0.225, -0.195] better |")
 
 
