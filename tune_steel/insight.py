@@ -285,7 +285,8 @@ def insight_lines(insight: Insight) -> Iterator[RenderableType]:
         yield f"No trial was stopped: {savings.epochs} epochs"
     shown = moves[-_MOVES_SHOWN:]
     some = f", the last {len(shown)} here" if len(shown) < len(moves) else ""
-    yield f"Lowest validation loss so far, {len(moves)} trials that lowered it{some}:"
+    trials = "trial" if len(moves) == 1 else "trials"
+    yield f"Lowest validation loss so far, {len(moves)} {trials} that lowered it{some}:"
     for move in shown:
         yield (
             f"  {move.loss:.4f} by trial {move.trial} (trials ended: {move.ended}, "
