@@ -104,7 +104,6 @@ class Method:
             "seed": self.repeat,
             "workers": self.workers,
             "source": source,
-            "presets": "best_quality",
         }
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -185,7 +184,7 @@ class LightGBM(Method):
 
 
 class AutoGluon(Method):
-    """AutoGluon's default fit on each fold."""
+    """AutoGluon's `best_quality` on each fold."""
 
     name = AUTOGLUON
 

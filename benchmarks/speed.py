@@ -348,11 +348,11 @@ def search(
     output: Annotated[Path, typer.Option(help="The table; rows of other folds stay.")] = PUBLISHED,
 ) -> None:
     """Runs all methods in turn, judges what they chose, prints and publishes."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     if method and output == PUBLISHED:
         raise typer.BadParameter(
             "--method: the published ratios are of methods that ran in turn; name another --output"
         )
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     methods = tuple(method or METHODS)
     counts = folds or [1, 5]
     others = pq.read_table(output).to_pylist() if output.exists() else []

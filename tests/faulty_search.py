@@ -26,9 +26,14 @@ FAULTS = json.loads(os.environ["FAULTS"])
 MARKS = os.environ["MARKS"]
 
 
-def faulty(trial: dict[str, Any], **given: Any) -> None:
+def hoard() -> list[Any]:
+    """5 GB, a page at a time."""
     import numpy as np
 
+    return [np.ones(2**24) for _ in range(40)]
+
+
+def faulty(trial: dict[str, Any], **given: Any) -> None:
     import tune_steel.fit as room
     from tune_steel.fit import Fit
 
@@ -52,7 +57,7 @@ def faulty(trial: dict[str, Any], **given: Any) -> None:
             if kind == "hang":
                 ctypes.PyDLL(None).sleep(3600)  # with Python's lock held, as a stuck library does
             if kind == "memory":
-                self.hoard = [np.ones(2**24) for _ in range(40)]  # 5 GB, a page at a time
+                self.hoard = hoard()
 
     room.Fit = Faulty  # type: ignore[misc]
     try:
@@ -62,8 +67,6 @@ def faulty(trial: dict[str, Any], **given: Any) -> None:
 
 
 def faulty_again(how: Any, plan: Any, *given: Any) -> Any:
-    import numpy as np
-
     from tune_steel.refit import train_in_worker
 
     slot = next(s for s in itertools.count() if derive(0, "trial", s) == plan.seed)
@@ -78,8 +81,7 @@ def faulty_again(how: Any, plan: Any, *given: Any) -> Any:
         if name == "kill" or (name == "kill-once" and first):
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "memory":
-            hoard = [np.ones(2**24) for _ in range(40)]  # 5 GB, a page at a time
-            assert len(hoard) == 40
+            hoard()
         return how(*arguments)
 
     return train_in_worker(broken, plan, *given)

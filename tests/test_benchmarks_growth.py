@@ -24,8 +24,11 @@ class NoSession(nullcontext["NoSession"]):
 class Here(nullcontext["Here"]):
     """In the place of a process, where what this test replaces would not be replaced."""
 
+    made = 0
+
     def __init__(self, *_: Any) -> None:
         super().__init__(self)
+        Here.made += 1
 
     def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -58,6 +61,7 @@ def test_every_stretch_of_every_run_is_published_and_shown(
     monkeypatch.setattr(tune_steel.ray_tune, "train_trial", None)
     table, page = tmp_path / "growth.parquet", tmp_path / "growth.md"
     growth.everything(table)
+    assert Here.made == len(growth.RUNS)
     rows = pq.read_table(table).to_pylist()
     assert [(r["concurrency"], r["trials"]) for r in rows] == [
         *((2, n) for n in range(2, 21, 2)),

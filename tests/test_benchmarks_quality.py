@@ -164,6 +164,9 @@ def test_cells_of_other_settings_and_unknown_names_are_refused(
     with pytest.raises(OptionError, match="--tasks iris: iris is unknown; allowed"):
         run(tmp_path, tasks="iris")
     assert len(calls) == 2
+    with pytest.raises(OptionError, match="--space: the published table is of the tasks' own"):
+        run(quality.PUBLISHED, space=tmp_path / "other.toml")
+    assert len(calls) == 2
 
 
 OURS = [0.90, 0.92, 0.88, 0.91, 0.89], [0.20, 0.21, 0.19, 0.20, 0.20]

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 from sklearn.metrics import log_loss
 
 from benchmarks import fit, process, quality_in_time, speed, speed_table
@@ -136,6 +137,11 @@ def test_a_method_runs_as_a_process_and_its_row_says_where(
     assert (row["method"], row["folds"], row["trials"]) == ("optuna", 2, 2)
     assert row["cpu_s"] > 0
     assert set(row) <= set(speed.SCHEMA.names)
+
+
+def test_one_method_alone_is_not_published() -> None:
+    with pytest.raises(typer.BadParameter, match="--method: the published ratios"):
+        speed.search(method=["ray"])
 
 
 def test_the_target_is_the_loss_that_a_tenth_of_the_recorded_configs_reach(

@@ -102,7 +102,7 @@ class Stop:
         failures = _last_in_a_row(ended[earlier:])
         if len(failures) >= budget.give_up_after:
             self.end(
-                f"{len(failures)} trials in a row failed, the last one with {failures[-1].error}",
+                f"{len(failures)} trials in a row failed, the last one with {failures[0].error}",
                 now=True,
                 failed=True,
             )
@@ -118,15 +118,15 @@ class Stop:
 
 
 def _last_in_a_row(ended: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The failures since the last trial with a score.
+    """The failures since the last trial with a score, the last one first.
 
     A LOST one is none: a cluster's node that is taken away loses many at once. A config that is
     lost again and again fails.
     """
     failures: list[TrialRecord] = []
-    for record in ended:
+    for record in reversed(ended):
         if record.state == "FAIL":
             failures.append(record)
         elif record.state != "LOST":
-            failures.clear()
+            break
     return failures

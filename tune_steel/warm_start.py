@@ -55,7 +55,7 @@ def check_beginning(options: Options, space: Space) -> None:
     Raises:
         OptionError: A config that is not in the space, or no earlier run.
     """
-    first_configs(options, space)
+    _first_configs(options, space)
     for path in options.warm_start:
         if path.is_dir():
             read_record(path)
@@ -74,7 +74,7 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
     Raises:
         OptionError: A config that is not in the space, or no earlier run.
     """
-    out = Beginning(first_configs(options, space))
+    out = Beginning(_first_configs(options, space))
     for path in options.warm_start:
         if path.is_dir():
             _of_a_run(path, space, record, out)
@@ -89,7 +89,7 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
     return out
 
 
-def first_configs(options: Options, space: Space) -> list[Params]:
+def _first_configs(options: Options, space: Space) -> list[Params]:
     """The defaults, then what the space's `[[try]]` and `--try` name.
 
     Raises:

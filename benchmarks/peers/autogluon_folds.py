@@ -3,8 +3,8 @@
     PYTHON_WITH_AUTOGLUON benchmarks/peers/autogluon_folds.py REQUEST
 
 It is run by the Python of another environment (AutoGluon needs an older pandas), so it imports
-nothing of this project. Each fold is a fit of its own with its share of the time, `presets` as
-AutoGluon's documentation names them, and no look at the validation rows.
+nothing of this project. Each fold is a fit of its own with its share of the time, and no look at
+the validation rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(request: dict[str, Any]) -> None:
             ).fit(
                 table.iloc[train],
                 time_limit=request["seconds"] / request["folds"],
-                presets=request["presets"],
+                presets="best_quality",
                 num_cpus=request["workers"],
             )
             p = predictor.predict_proba(table.iloc[val].drop(columns="y"))
