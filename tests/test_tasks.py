@@ -117,6 +117,9 @@ def test_the_steel_table_is_not_a_table_of_ones_own_while_its_flags_are_in_it(
         own_task(steel, "Class")
     without = Table("mine", steel.frame.drop(columns=list(FLAGS)), "file", "hash")
     assert own_task(without, "Class").features == tuple(f"V{i}" for i in range(1, 28))
+    # Ionosphere's columns are V1..V34 and Class too.
+    other = steel.frame.assign(**{name: steel.frame["V1"] for name in FLAGS})
+    assert len(own_task(Table("other", other, "file", "hash"), "Class").features) == 33
 
 
 def test_a_table_that_names_its_own_target_needs_no_option() -> None:

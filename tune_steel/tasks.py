@@ -79,7 +79,7 @@ def own_task(table: Table, target: str | None) -> Task:
             f"--target {target}: no such column in {table.name}; "
             f"its columns: {shorten([str(c) for c in frame.columns])}"
         )
-    if {*FLAGS, "Class"} <= set(frame.columns) and target == "Class":
+    if target == "Class" and set(FLAGS) <= set(frame.columns) and _fault_flags(frame):
         raise DataError(
             f"{table.name} is the Steel Plates Faults table, where V28..V33 are the label; "
             f"use --task {'|'.join(STEEL_TASKS)}, or drop those six"
@@ -112,3 +112,9 @@ def own_task(table: Table, target: str | None) -> Task:
         y.astype(np.int64),
         np.arange(len(frame), dtype=np.int64),
     )
+
+
+def _fault_flags(frame: pd.DataFrame) -> bool:
+    """Whether V28..V33 flag one fault at most: columns of many other tables have such names."""
+    flags = frame[list(FLAGS)].apply(pd.to_numeric, errors="coerce")
+    return bool(flags.isin([0, 1]).all(axis=None) and (flags.sum(axis=1) <= 1).all())
