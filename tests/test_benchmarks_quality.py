@@ -270,7 +270,7 @@ def test_the_product_tries_its_placed_config_first_only_where_it_runs_as_it_is_s
         pass
 
     def look(options: Options, problem: Problem, *_: Any) -> int:
-        assert len(problem.space.tries) == (method == "tune_steel")
+        assert bool(problem.space.tries) == (method == "tune_steel")
         assert (options.search, options.scheduler, options.budget) == (
             ("random", "none", Budget(100_000, epochs=7))
             if method == "random search"
