@@ -31,14 +31,14 @@ _TITLES = {
     "bagged": "tune_steel: bagged",
     "tuned": "tune_steel: tuned",
     "default": "tune_steel: default config",
-    "without try: ensemble": "tune_steel without its placed config: ensemble",
-    "without try: bagged": "tune_steel without its placed config: bagged",
-    "without try: tuned": "tune_steel without its placed config: tuned",
+    "without try: ensemble": "tune_steel without placed configs: ensemble",
+    "without try: bagged": "tune_steel without placed configs: bagged",
+    "without try: tuned": "tune_steel without placed configs: tuned",
     "boosting": "scikit-learn boosting default",
 }
 _ENOUGH = 5
 """Folds below which a difference gets no interval: with two of them it says next to nothing."""
-_ENSEMBLES = {"ensemble": "as shipped", "without try: ensemble": "without placed config"}
+_ENSEMBLES = {"ensemble": "as shipped", "without try: ensemble": "without placed configs"}
 _TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
 
 
@@ -92,7 +92,7 @@ def brief(rows: pd.DataFrame) -> str:
     if against:
         lines += [
             "",
-            "The ensemble, and that of searches without the placed config, less each tuned "
+            "The ensemble, and that of searches without placed configs, less each tuned "
             "booster on the folds that both have, with the corrected 95 % interval (Nadeau & "
             f"Bengio), from {_ENOUGH} folds on; a tie is one whose interval holds 0:",
             "",

@@ -231,11 +231,7 @@ def tune_steel(fold: Fold) -> Outcome:
 
 
 def without_try(fold: Fold) -> Outcome:
-    """The same without the space's `[[try]]`.
-
-    That config was placed by hand after experiments on the development rows of the published
-    split, most of which are outer test rows of some fold here.
-    """
+    """The same without the space's `[[try]]`: what they are worth (`benchmarks/starts.py`)."""
     out = _product(fold, "tpe", "asha", Budget(fold.settings.trials))
     return _named("without try", out)
 

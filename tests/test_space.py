@@ -246,8 +246,8 @@ def test_the_tries_of_a_shipped_space_are_configs_of_it_and_come_after_the_defau
     first = beginning(options_of(), space, {}).configs
     assert first[0] == space.defaults()
     assert [space.config(params).model.family for params in first] == ["mlp", *["nca"] * 4]
-    for params, given in zip(first[1:], space.tries, strict=True):
-        assert all(params[key] == value for key, value in given.items())
+    for params, named in zip(first[1:], space.tries, strict=True):
+        assert all(params[key] == value for key, value in named.items())
     grid = beginning(options_of(search="grid"), space, {}).configs
     assert grid == [space.defaults()]
 
