@@ -17,7 +17,7 @@ from tune_steel.fit import Fit
 from tune_steel.metrics import Scorer
 from tune_steel.splits import Development
 
-# The size of the first `[[try]]` of `search_spaces/binary.toml`.
+# The size of `steel` in `starts.NAMED`.
 POINT, WAVES, EMBEDDED, SCALE = 128, 16, 4, 0.3
 POS_WEIGHT, LR, BATCH = 1.6, 4e-3, 256
 

@@ -234,6 +234,12 @@ def regret(rows: pd.DataFrame, scale: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
+def of_candidates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The regrets of the first round, of what a portfolio may hold."""
+    first = rows[rows["round"] == 1]
+    return regret(first, first).drop(index="steel")
+
+
 def portfolio(regrets: pd.DataFrame, size: int) -> list[str]:
     """So many configs whose lowest regret, in the mean over the tables, is low; greedily."""
     chosen: list[str] = []
@@ -291,7 +297,7 @@ def measure(
                 if ended % 10 == 0 or ended == len(jobs):
                     print(f"round {number}: {ended} of {len(jobs)}", flush=True)
                     write_table(output, rows, SCHEMA)
-            chosen = portfolio(_candidates_regret(pd.DataFrame(rows)), size)
+            chosen = portfolio(of_candidates(pd.DataFrame(rows)), size)
             names = list(dict.fromkeys([*chosen, *NAMED]))
     print(render(pd.read_parquet(output), size))
 
@@ -300,16 +306,11 @@ def _text(start: Start) -> str:
     return json.dumps(dict(start))
 
 
-def _candidates_regret(rows: pd.DataFrame) -> pd.DataFrame:
-    first: pd.DataFrame = regret(rows[rows["round"] == 1], rows[rows["round"] == 1])
-    return first.drop(index="steel")
-
-
 def render(rows: pd.DataFrame, size: int = SIZE) -> str:
     """The portfolio and the named configs in Markdown, then what portfolios are worth."""
     first, second = (rows[rows["round"] == number] for number in (1, 2))
     regrets, again = regret(first, first), regret(second, first)
-    allowed = regrets.drop(index="steel")
+    allowed = of_candidates(rows)
     chosen = portfolio(allowed, size)
     tables = [name for name in TABLES if name in regrets]
     lines = [row("regret on", *tables, "mean", "again"), row(*["---"] * (len(tables) + 3))]
