@@ -38,6 +38,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import typer
 
 from benchmarks.page import put, row
@@ -279,7 +280,7 @@ def measure(
 ) -> None:
     """Trains all configs on all tables, then the portfolio again."""
     starts, commit = candidates(count, seed), git_commit()
-    rows = pd.read_parquet(output).to_dict("records") if output.exists() else []
+    rows: list[dict[str, Any]] = pq.read_table(output).to_pylist() if output.exists() else []
     names = list(starts)
     with ProcessPoolExecutor(workers, initializer=prepare_process, initargs=(1,)) as pool:
         for number in (1, 2):
