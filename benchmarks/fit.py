@@ -287,7 +287,7 @@ def measure(
             if repeat:  # the first epoch warms up
                 seconds = ended - began, trained - began, time.perf_counter() - wall
                 times[name].append(seconds)
-    epoch, training, wall = (
+    epoch, training, walls = (
         {n: np.array(t)[:, i] * 1e3 for n, t in times.items()} for i in (0, 1, 2)
     )
     rows = min(len(train) for train, _ in development.folds)
@@ -303,7 +303,7 @@ def measure(
             "rows": rows,
             "steps": steps,
             "repeats": repeats,
-            "wall_ms": float(np.median(wall[name])),
+            "wall_ms": float(np.median(walls[name])),
         }
         if "reference" in loops and name != "floor":
             faster = np.median(epoch["reference"] / epoch[name])

@@ -44,10 +44,12 @@ from ray import tune
 
 import tune_steel.ray_tune
 from benchmarks.page import put
+from benchmarks.process import machine
 from tune_steel.budget import Budget
 from tune_steel.job import begin
 from tune_steel.options import Resources, default_grace_period
 from tune_steel.ray_session import RaySession
+from tune_steel.run_folder import git_commit
 from tune_steel.samplers import SearchName
 from tune_steel.scheduler import make_scheduler
 from tune_steel.scores import SCORES
@@ -66,6 +68,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.int32()) for name in ("concurrency", "epochs", "total", "trials")),
         *(pa.field(name, pa.float64()) for name in (*_COSTS, "memory_mb", "journal_mb")),
         pa.field("fsync_ms", pa.float64()),
+        *(pa.field(name, pa.string()) for name in ("machine", "git_commit")),
     ]
 )
 
@@ -86,7 +89,7 @@ def idle(seconds: float) -> Callable[..., None]:
         for epoch in range(1, max_epochs + 1):
             time.sleep(seconds)
             loss = level * (1 + 0.5**epoch)
-            row = {f"val_{name}": loss for name in scores}
+            row: dict[str, Any] = {f"val_{name}": loss for name in scores}
             row |= {"epoch": epoch, "best_epoch": epoch, "best_val_loss": loss, "seconds": seconds}
             row |= {"train_loss": loss, "learning_rate": rate, "fold_val_loss": [loss] * 5}
             tune.report({**row, "converged": False, "node": "idle"})
@@ -158,7 +161,7 @@ def measure(
     space = load_space(spaces_folder() / "binary.toml")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     resources = Resources(min(1.0, 2 / concurrency), 0.0, concurrency)
-    tune_steel.ray_tune.train_trial = idle(seconds)
+    tune_steel.ray_tune.train_trial = idle(seconds)  # type: ignore[attr-defined]
     with TemporaryDirectory(dir=disk) as folder:
         fsync = fsync_ms(Path(folder) / "fsync")
         journal = Path(folder) / "study.journal"
@@ -188,6 +191,8 @@ def measure(
             "memory_mb": after.memory,
             "journal_mb": after.journal,
             "fsync_ms": fsync,
+            "machine": machine(),
+            "git_commit": git_commit(),
         }
         for before, after in pairwise(searcher.marks)
     ]

@@ -230,7 +230,7 @@ class PackSearch(Search):
 
     def _start(self, now: float) -> None:
         self._fixed = {}
-        members = []
+        members: list[Any] = []
         while len(members) < self._size and (trial := self._ask()) is not None:
             members.append(trial)
             self._fixed = _shared(trial.curve.params)

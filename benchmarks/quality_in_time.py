@@ -28,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from benchmarks.process import Usage, machine, run
 from tune_steel.data import load_steel
+from tune_steel.run_folder import git_commit
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tasks import steel_task
 
@@ -47,6 +48,7 @@ SCHEMA = pa.schema(
         pa.field("seconds", pa.float64(), metadata={"doc": "Since the process began."}),
         pa.field("log_loss", pa.float64(), metadata={"doc": "The lowest so far."}),
         pa.field("note", pa.string(), metadata={"doc": "Why a method is missing."}),
+        pa.field("git_commit", pa.string()),
     ]
 )
 
@@ -113,6 +115,7 @@ class Method:
             "machine": machine(),
             "repeat": self.repeat,
             "given_s": self.seconds,
+            "git_commit": git_commit(),
         }
         if usage.code:
             last = [line for line in usage.output.splitlines() if line.strip()][-1:]

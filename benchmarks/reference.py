@@ -359,7 +359,8 @@ def train(rows: Rows, split: Split, recipe: Recipe, protocol: Protocol, seed: in
         for batch in torch.split(shuffled, BATCH):
             if len(batch) > 1:  # batch norm has no variance of one row
                 optimizer.zero_grad()
-                criterion(network(inputs[batch]), y[batch], recipe.twofold).backward()
+                error = criterion(network(inputs[batch]), y[batch], recipe.twofold)
+                error.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         with torch.no_grad():
             loss = criterion(network.eval()(inputs[val]), y[val], recipe.twofold).item()

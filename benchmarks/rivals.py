@@ -285,10 +285,10 @@ def reference(fold: Fold) -> Outcome:
     best, kept = np.inf, copy.deepcopy(network.state_dict())
     for _ in range(epochs):
         network.train()
-        for batch in torch.randperm(len(y)).split(32):
+        for batch in torch.split(torch.randperm(len(y)), 32):
             if len(batch) > 1:  # batch norm has no variance of one row
                 optimizer.zero_grad()
-                loss(network(x[batch]), y[batch]).backward()
+                loss(network(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         network.eval()
         with torch.inference_mode():

@@ -65,6 +65,7 @@ from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
 from tune_steel.options import default_grace_period
 from tune_steel.preprocess import fit_preprocessing
+from tune_steel.run_folder import git_commit
 from tune_steel.seeds import derive
 from tune_steel.space import Params, Space, load_space
 from tune_steel.splits import Development, freeze, prepare
@@ -106,6 +107,7 @@ SCHEMA = pa.schema(
         pa.field("target_s", pa.float64(), metadata={"doc": "Until a trial below it had ended."}),
         pa.field("params", pa.string(), metadata={"doc": "Of the chosen trial, as JSON."}),
         pa.field("note", pa.string(), metadata={"doc": "Why a method is missing."}),
+        pa.field("git_commit", pa.string()),
     ]
 )
 
@@ -207,6 +209,7 @@ def run_method(method: str, setting: Setting, python: str) -> dict[str, Any]:
         "workers": request.workers,
         "samples": request.samples,
         "max_epochs": request.max_epochs,
+        "git_commit": git_commit(),
     }
     if usage.code:
         last = [line for line in usage.output.splitlines() if line.strip()][-1:]

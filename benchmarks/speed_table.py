@@ -82,8 +82,8 @@ def _search(rows: pd.DataFrame) -> Iterator[str]:
         times = "" if method == OURS else f"{_spread(ratios, 1)} x"
         yield row(TITLES[method], *cells, times)
     yield ""
-    for missing in rows[rows["note"].notna()].itertuples():
-        yield f"- {TITLES[str(missing.method)]} was not measured: {missing.note}"
+    for absent in rows[rows["note"].notna()].itertuples():
+        yield f"- {TITLES[str(absent.method)]} was not measured: {absent.note}"
 
 
 def in_time(rows: pd.DataFrame) -> str:
@@ -124,8 +124,8 @@ def epochs(rows: pd.DataFrame) -> str:
         f"**An epoch of {first['folds']} folds** with its validation scores on one core, ms of "
         f"CPU time, median of {first['repeats']}{_stand_in(rows)}; {first['machine']}; as many "
         "single networks in the reference's loop (DataLoader, scores of each batch) and in a "
-        "plain loop, one stacked network here; `neighbours` has the size of what `binary` tries "
-        "first",
+        "plain loop, one stacked network here; `neighbours` has the size of a config that a "
+        "search of `binary` led to",
         "",
         row("network", *_LOOPS.values(), "reference is", "plain is"),
         row("---", *["---:"] * (len(_LOOPS) + 2)),

@@ -221,7 +221,9 @@ def _process(dimensions: int) -> GaussianProcessRegressor:
 def _few_steps(
     objective: Callable[..., Any], start: Floats, bounds: Floats
 ) -> tuple[Floats, float]:
-    found = minimize(objective, start, jac=True, bounds=bounds, options={"maxiter": _MOST_STEPS})
+    found = minimize(
+        objective, start, jac=True, bounds=list(bounds), options={"maxiter": _MOST_STEPS}
+    )
     return found.x, float(found.fun)
 
 

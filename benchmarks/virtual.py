@@ -159,7 +159,7 @@ class Search:
             reduction_factor=setting.factor,
         )
         # The median rule asks which trials wait for a CPU: here none ever does.
-        self._controller = SimpleNamespace(get_live_trials=list)
+        self._controller: Any = SimpleNamespace(get_live_trials=list)
         self._curves: list[Curve] = []
         self._events: list[tuple[float, int, int, _Trial]] = []
         self.epochs = 0

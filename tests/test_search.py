@@ -219,6 +219,7 @@ def _ended(folder: Path) -> list[optuna.trial.FrozenTrial]:
 def test_the_three_tasks_run_on_the_real_table(
     command: Command, tmp_path: Path, task: str
 ) -> None:
+    # The default, and the first config that the task's space tries.
     done = command("--task", task, "--samples", 2, "--max-epochs", 2, "--folds", 2)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "elsewhere")

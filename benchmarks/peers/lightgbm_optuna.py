@@ -61,7 +61,7 @@ def work(request: dict[str, Any], worker: int) -> None:
             folds=folds,
             callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
         )
-        return min(curves["valid binary_logloss-mean"])
+        return float(min(curves["valid binary_logloss-mean"]))
 
     open_study(request, worker).optimize(objective, timeout=request["seconds"])
 

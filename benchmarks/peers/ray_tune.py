@@ -93,7 +93,7 @@ def main(request: Request) -> None:
         run_config=tune.RunConfig(name="trials", storage_path=request.folder),
     )
     trials = []
-    for result in tuner.fit():
+    for result in tuner.fit():  # type: ignore[attr-defined]  # it has __getitem__
         curve = result.metrics_dataframe
         if result.error is None and curve is not None:
             loss, ended = float(curve["val_loss"].min()), float(curve["timestamp"].max())

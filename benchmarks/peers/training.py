@@ -164,7 +164,7 @@ class Fold:
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         loss = training_loss(self.config, self.model(x).squeeze(1), y)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss
 
