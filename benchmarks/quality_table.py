@@ -26,6 +26,8 @@ _SHOWN = {
 _COMPARED = ("accuracy", "macro_accuracy", "log_loss")
 _OURS = ("ensemble", "bagged", "tuned")
 """The product's models; the first one that is there is what a user gets."""
+_BESIDE = ("bagged", "tuned", "default", "boosting")
+"""What a run scores beside its ensemble, in the same seconds."""
 _TITLES = {
     "ensemble": "**tune_steel: ensemble**",
     "bagged": "tune_steel: bagged",
@@ -38,6 +40,11 @@ _TITLES = {
 }
 _ENOUGH = 5
 """Folds below which a difference gets no interval: with two of them it says next to nothing."""
+_INTERVALS = (
+    "The 95 % intervals are corrected for training rows that folds share (Nadeau & Bengio) and "
+    f"given from {_ENOUGH} folds on; open is a difference whose interval holds 0"
+)
+_PLACE = ["repeat", "fold"]
 _ENSEMBLES = {"ensemble": "as shipped", "without try: ensemble": "without placed configs"}
 _TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
 
@@ -51,7 +58,10 @@ def publish(folder: Path) -> None:
 
 
 def brief(rows: pd.DataFrame) -> str:
-    """One table of the steel table's tasks, and the final model beside each tuned booster.
+    """Three tables of the steel table's tasks.
+
+    The methods that ran on all folds of a task; those that ran on a part of them, beside the final
+    model on the same part; the final model less each tuned booster.
 
     Args:
         rows: `quality.parquet`.
@@ -61,46 +71,72 @@ def brief(rows: pd.DataFrame) -> str:
         return "Nothing was measured on the steel table."
     tasks = list(scored["task"].unique())
     folds = scored.groupby(["task", "method"]).size()
-    most = {task: int(folds[task].max()) for task in tasks}
-    means = scored.groupby(["task", "method"])[[*_COMPARED]].mean()
-    first = scored.iloc[0]
-    of = f"{first['outer_folds']} outer folds"
+    most = folds.groupby("task").transform("max")
+    whole, first = folds == most, scored.iloc[0]
+    ran = sorted(set(most))
     stand_in = "; STAND-IN data" if (scored["data_source"] == "stand-in").any() else ""
+    means = scored.groupby(["task", "method"])[[*_COMPARED, "seconds"]].mean()
+    ranks = means[whole]["log_loss"].groupby("task").rank().groupby("method").mean()
     lines = [
-        f"Accuracy / balanced accuracy / log-loss, means over {of} ({first['trials']} trials, "
-        f"seed {first['seed']}{stand_in}); where a method ran on fewer, their number is said:",
+        "Accuracy / balanced accuracy / log-loss, and seconds of the whole job (a run of "
+        "tune_steel's with its ensemble); means over "
+        f"{' or '.join(map(str, ran))} of {first['outer_folds']} outer folds ({first['trials']} "
+        f"trials, {first['threads']} CPUs, seed {first['seed']}{stand_in}); the lowest log-loss "
+        "first, by the mean of its ranks:",
         "",
         row("method", *tasks),
         row("---", *["---"] * len(tasks)),
     ]
-    ranks = means["log_loss"].groupby("task").rank().groupby("method").mean()
-    # Who was not everywhere comes last: their means are of other rows.
-    whole = scored.groupby("method").size() == sum(most.values())
-    order = sorted(ranks.index, key=lambda method: (not whole[method], ranks[method]))
-    for method in order:
+    for method in ranks.sort_values(kind="stable").index:
         cells = []
         for task in tasks:
-            if (task, method) not in means.index:
+            if not whole.get((task, method), False):
                 cells.append("")
                 continue
-            count = int(folds[task, method])
-            few = "" if count == most[task] == first["outer_folds"] else f" ({count})"
-            scores = means.loc[(task, method)]
-            cells.append(" / ".join(f"{scores[name]:.3f}" for name in _COMPARED) + few)
+            mean = means.loc[(task, method)]
+            with_the_ensemble = method in _BESIDE or method.endswith((": bagged", ": tuned"))
+            seconds = "" if with_the_ensemble else f", {mean['seconds']:.0f} s"
+            cells.append(_scores(mean) + seconds)
         lines.append(row(_TITLES.get(method, method), *cells))
+    if parts := [line for task in tasks for line in _parts(task, scored, whole)]:
+        lines += [
+            "",
+            "On a part of the folds, where the means above are no measure:",
+            "",
+            row("task", "method", "folds", "its scores", "the ensemble's on the same folds"),
+            row("---", "---", "---", "---", "---"),
+            *parts,
+        ]
     against = [line for task in tasks for line in _against(task, scored[scored["task"] == task])]
     if against:
         lines += [
             "",
-            "The ensemble, and that of searches without placed configs, less each tuned "
-            "booster on the folds that both have, with the corrected 95 % interval (Nadeau & "
-            f"Bengio), from {_ENOUGH} folds on; a tie is one whose interval holds 0:",
+            "The ensemble's scores, with and without placed configs, minus those of each tuned "
+            f"booster on the folds that both ran on. {_INTERVALS}:",
             "",
             row("task", "search", "booster", "folds", *(_SHOWN[name] for name in _COMPARED)),
             row("---", "---", "---", "---:", *["---:"] * len(_COMPARED)),
             *against,
         ]
     return "\n".join(lines)
+
+
+def _scores(means: pd.Series[float]) -> str:
+    return " / ".join(f"{means[name]:.3f}" for name in _COMPARED)
+
+
+def _parts(task: str, scored: pd.DataFrame, whole: pd.Series[bool]) -> Iterator[str]:
+    """A row for each final model that ran on some folds of a task only."""
+    here = scored[scored["task"] == task]
+    ours = here[here["method"] == "ensemble"]
+    for name, theirs in here.groupby("method"):
+        method = str(name)
+        if whole[(task, method)] or method.endswith((": bagged", ": tuned")):
+            continue
+        same = ours.merge(theirs[_PLACE], on=_PLACE)
+        if len(same) == len(theirs):
+            scores = [_scores(part[[*_COMPARED]].mean()) for part in (theirs, same)]
+            yield row(task, _TITLES.get(method, method), str(len(theirs)), *scores)
 
 
 def _against(task: str, scored: pd.DataFrame) -> Iterator[str]:
@@ -127,8 +163,9 @@ def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
     scored = rows[rows["error"].isna()]
     first = rows.iloc[0]
     stand_in = ", STAND-IN data" if (rows["data_source"] == "stand-in").any() else ""
+    ran = rows.groupby("method").size().max()
     yield (
-        f"**{task}**{stand_in}: means over outer folds of {first['outer_folds']} "
+        f"**{task}**{stand_in}: means over {ran} of {first['outer_folds']} outer folds "
         f"({first['trials']} trials, {first['inner_folds']} inner folds, "
         f"{first['threads']} CPUs, seed {first['seed']})"
     )
@@ -166,9 +203,8 @@ def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> It
     if not rows:
         return
     yield (
-        f"Difference to {rival}{why} on the folds that both have, with the corrected 95 % "
-        f"interval (Nadeau & Bengio), from {_ENOUGH} folds on; a tie is one whose interval holds "
-        "0:"
+        f"Each method's scores minus those of {rival}{why} on the folds that both ran on. "
+        f"{_INTERVALS}:"
     )
     yield ""
     yield row("method", "folds", *(_SHOWN[name] for name in _COMPARED))
@@ -182,10 +218,9 @@ def _paired(
     rival: str, methods: Sequence[str], scored: pd.DataFrame
 ) -> Iterator[tuple[str, int, list[str]]]:
     """Each method, its folds in common with the rival, and its differences, if these are two."""
-    place = ["repeat", "fold"]
-    theirs = scored[scored["method"] == rival].set_index(place)
+    theirs = scored[scored["method"] == rival].set_index(_PLACE)
     for method in methods:
-        mine = scored[scored["method"] == method].set_index(place)
+        mine = scored[scored["method"] == method].set_index(_PLACE)
         both = mine.index.intersection(theirs.index)
         if method == rival or len(both) < 2:
             continue
@@ -203,5 +238,5 @@ def _difference(gaps: np.ndarray, ratio: float, *, lower: bool) -> str:
     if len(gaps) < _ENOUGH:
         return f"{mean:+.3f}"
     low, high = corrected_interval(gaps, ratio)
-    verdict = "tie" if low <= 0 <= high else "better" if (mean < 0) == lower else "worse"
+    verdict = "open" if low <= 0 <= high else "better" if (mean < 0) == lower else "worse"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"

@@ -2,7 +2,7 @@
 
 A method is a function from a `Fold` to an `Outcome`. It sees the outer training rows and the
 features of the outer test rows, never their classes, and may use as many threads as the fold
-says. This room holds the product itself, scikit-learn's models and the reference solution's
+says. This module holds the product itself, scikit-learn's models and the reference solution's
 recipe; `boosters.py` holds the boosters, `outside.py` what needs an environment of its own.
 """
 

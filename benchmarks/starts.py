@@ -44,7 +44,9 @@ import typer
 from benchmarks.page import put, row
 from tune_steel.config import LossConfig, TrialConfig
 from tune_steel.data import Table, hash_frame
+from tune_steel.features import Floats
 from tune_steel.fit import Fit, prepare_process
+from tune_steel.insight import corrected_interval
 from tune_steel.run_folder import git_commit
 from tune_steel.seeds import derive, replica_seeds
 from tune_steel.space import Leaf, Value, load_space, spaces_folder
@@ -251,20 +253,21 @@ def portfolio(regrets: pd.DataFrame, size: int) -> list[str]:
     return chosen
 
 
-def unseen(regrets: pd.DataFrame, size: int) -> float:
-    """Mean lowest regret on each table of the portfolio that the other tables give."""
+def unseen(regrets: pd.DataFrame, size: int) -> Floats:
+    """Lowest regret on each table of the portfolio that the other tables give [tables]."""
     of = {name: portfolio(regrets.drop(columns=name), size) for name in regrets.columns}
-    return float(np.mean([regrets.loc[chosen, name].min() for name, chosen in of.items()]))
+    return np.array([regrets.loc[chosen, name].min() for name, chosen in of.items()])
 
 
-def of_random(regrets: pd.DataFrame, size: int) -> float:
-    """Mean lowest regret of so many configs that are drawn at random without replacement."""
+def of_random(regrets: pd.DataFrame, size: int) -> Floats:
+    """Mean lowest regret on each table of so many configs, drawn without replacement [tables]."""
     count = len(regrets)
     ranks = np.arange(count)
     # The chance that the config of a rank is the lowest of those drawn.
     chances = np.array([math.comb(count - 1 - rank, size - 1) for rank in ranks])
     weights = chances / math.comb(count, size)
-    return float((np.sort(regrets.to_numpy(), axis=0) * weights[:, np.newaxis]).sum(0).mean())
+    lowest = (np.sort(regrets.to_numpy(), axis=0) * weights[:, np.newaxis]).sum(0)
+    return np.asarray(lowest)
 
 
 def measure(
@@ -328,10 +331,20 @@ def render(rows: pd.DataFrame, size: int = SIZE) -> str:
         "",
         row("mean lowest regret of", *(str(k) for k in sizes)),
         row(*["---"] * (size + 1)),
-        row("random configs", *(f"{of_random(allowed, k):.2f}" for k in sizes)),
-        row("a portfolio, on an unseen table", *(f"{unseen(allowed, k):.2f}" for k in sizes)),
+        row("random configs", *(f"{of_random(allowed, k).mean():.2f}" for k in sizes)),
+        row(
+            "a portfolio, on an unseen table", *(f"{unseen(allowed, k).mean():.2f}" for k in sizes)
+        ),
+        row("less random configs", *(_gain(allowed, k) for k in sizes)),
     ]
     return "\n".join(lines)
+
+
+def _gain(regrets: pd.DataFrame, size: int) -> str:
+    """Mean over the tables of what a portfolio is below random configs, with its t interval."""
+    gaps = unseen(regrets, size) - of_random(regrets, size)
+    low, high = corrected_interval(gaps, 0)
+    return f"{gaps.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def document() -> None:

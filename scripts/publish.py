@@ -1,6 +1,6 @@
 """Publish finished runs: the tables behind the README's figures, and the figures themselves.
 
-    python scripts/publish.py results/<run> results/<run> ...
+    python -m scripts.publish results/<run> results/<run> ...
 
 writes results/published/scores.parquet (the runs' score tables), runs.json (what it takes to
 repeat them, and how long they took) and report.txt (what the first run printed), and puts the
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from benchmarks.page import put
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -89,20 +91,14 @@ def report() -> str:
     return f"```text\n{(PUBLISHED / 'report.txt').read_text(encoding='utf-8')}```"
 
 
-def _between(text: str, begin: str, end: str, content: str) -> str:
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{content}\n{end}{after}"
-
-
 def main() -> None:
     """Collects the runs that the command line names and rewrites the README's table."""
     if len(sys.argv) < 2:
-        sys.exit("usage: python scripts/publish.py results/<run> ...")
+        sys.exit("usage: python -m scripts.publish results/<run> ...")
     collect([Path(argument) for argument in sys.argv[1:]])
     readme = ROOT / "README.md"
-    text = _between(readme.read_text(encoding="utf-8"), BEGIN, END, figures())
-    readme.write_text(_between(text, BEGIN_REPORT, END_REPORT, report()), encoding="utf-8")
+    put(readme, BEGIN, END, figures())
+    put(readme, BEGIN_REPORT, END_REPORT, report())
 
 
 if __name__ == "__main__":
