@@ -46,7 +46,6 @@ import tune_steel.ray_tune
 from benchmarks.page import put
 from benchmarks.process import machine
 from tune_steel.budget import Budget
-from tune_steel.job import begin
 from tune_steel.options import Resources, default_grace_period
 from tune_steel.ray_session import RaySession
 from tune_steel.run_folder import git_commit
@@ -55,9 +54,8 @@ from tune_steel.scheduler import make_scheduler
 from tune_steel.scores import SCORES
 from tune_steel.searcher import StudySearcher
 from tune_steel.space import Space, load_space, spaces_folder
-from tune_steel.study import open_study
+from tune_steel.study import begin, open_study
 from tune_steel.tables import write_table
-from tune_steel.warm_start import Beginning
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "growth.parquet"
 PAGE = Path(__file__).parents[1] / "docs" / "growth.md"
@@ -166,7 +164,7 @@ def measure(
         fsync = fsync_ms(Path(folder) / "fsync")
         journal = Path(folder) / "study.journal"
         study = open_study(journal, "growth")
-        begin(study, Beginning([space.defaults()]))
+        begin(study, [space.defaults()])
         budget = Budget(trials)
         given: dict[str, Any] = {"search": search, "seed": 0, "budget": budget}
         searcher = Watched(space, study, journal, max_epochs=epochs, **given)

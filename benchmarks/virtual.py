@@ -21,15 +21,13 @@ from ray.tune.schedulers import TrialScheduler
 from benchmarks.surrogate import Curve, Surrogate
 from tune_steel.budget import Budget
 from tune_steel.choice import choose
-from tune_steel.job import begin
 from tune_steel.options import Options
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.scheduler import SchedulerName, make_scheduler
 from tune_steel.searcher import StudySearcher
 from tune_steel.seeds import derive
 from tune_steel.space import Params, Space
-from tune_steel.study import METRIC
-from tune_steel.warm_start import Beginning
+from tune_steel.study import METRIC, begin
 
 BUDGETS = (500, 1000, 2000, 3000)
 """Epochs of all trials together, at which searches are compared."""
@@ -135,7 +133,7 @@ class Search:
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(direction="minimize")
-        begin(study, Beginning(list(configs)))
+        begin(study, list(configs))
         self.searcher = StudySearcher(
             space,
             study,

@@ -70,6 +70,12 @@ def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
     return process.returncode, out, err
 
 
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    """Reads what the process says until a line has this in it."""
+    assert process.stderr is not None
+    assert any(text in line for line in process.stderr), f"it ended without {text!r}"
+
+
 def only_run(folder: Path) -> Path:
     (run,) = (folder / "results").iterdir()
     return run

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from searches import check_whole, curves, finish, only_run, read, start, wait_for
+from searches import (
+    check_whole,
+    curves,
+    finish,
+    only_run,
+    read,
+    start,
+    wait_for,
+    wait_for_line,
+)
 
 from tune_steel.limits import limit_memory, watched
 
@@ -112,14 +121,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def fill(disk: Path, left: int = 4096) -> None:
+    """Leaves so many bytes."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(b"\0" * (free - left))
+
+
 def test_a_full_disk_ends_the_search_with_one_line_and_loses_no_finished_trial(
     small_disk: Path, space_file: Path
 ) -> None:
-    ballast = small_disk / "ballast"
     process = start(small_disk, *small(space_file), "--samples", 12)
     wait_for(lambda: curves(small_disk) >= 3)
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast.write_bytes(b"\0" * (free - 4096))
+    fill(small_disk)
     code, _, err = finish(process)
     assert code == 1
     last = err.splitlines()[-1]
@@ -127,11 +140,38 @@ def test_a_full_disk_ends_the_search_with_one_line_and_loses_no_finished_trial(
     assert "Traceback" not in err
     run = only_run(small_disk)
     before = curves(small_disk)
-    ballast.unlink()
+    (small_disk / "ballast").unlink()
+    process = start(small_disk, "--resume", run)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert int(re.search(r"(\d+) of 12 trials have ended", said)[1]) >= before - 2  # type: ignore[index]
+    # Full again, when the search has ended and the models are about to be written.
+    wait_for_line(process, "retraining:")
+    fill(small_disk)
+    code, _, err = finish(process)
+    assert code == 1
+    assert re.fullmatch(
+        r"tune_steel: error: \S+ cannot be written \(No space left on device\); make room or mend "
+        rf"the permissions, then go on with --resume {run}",
+        err.strip(),
+    )
+    (small_disk / "ballast").unlink()
     code, _, err = finish(start(small_disk, "--resume", run))
     assert code == 0, err
-    assert int(re.search(r"(\d+) of 12 trials have ended", err)[1]) >= before - 2  # type: ignore[index]
     check_whole(run, 12)
+
+
+def test_on_a_full_disk_nothing_begins_and_one_line_says_so(
+    small_disk: Path, space_file: Path
+) -> None:
+    (small_disk / "results").mkdir()
+    fill(small_disk, 0)
+    code, _, err = finish(start(small_disk, *small(space_file), "--samples", 2))
+    assert code == 1
+    assert len(err.splitlines()) == 1, err
+    assert "cannot be written (No space left on device)" in err
+    assert err.strip().endswith("then start again")
+    assert list((small_disk / "results").iterdir()) == []
 
 
 def test_a_terminal_that_cannot_be_written_costs_no_result(

@@ -619,13 +619,12 @@ def test_the_learning_rate_falls_after_the_epochs_without_improvement_that_are_b
     assert factors == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_a_run_that_overfits_ends_by_early_stopping_and_keeps_its_best_weights():
+def test_a_run_that_overfits_ends_by_early_stopping_and_its_best_epoch_can_be_trained_again():
     development = develop()
     config = config_of(
         lr=0.05, plateau_patience=1, early_stop_patience=4, early_stop_min_delta=0.02, dropout=0.1
     )
     fit = Fit(config, development, development.folds, SEEDS)
-    assert fit.best_state is None
     records = list(fit.epochs(80))
     losses = [record.val_loss for record in records]
 
@@ -642,9 +641,7 @@ def test_a_run_that_overfits_ends_by_early_stopping_and_keeps_its_best_weights()
     replay = Fit(config, development, development.folds, SEEDS)
     for record in records[:best_epoch]:
         replay.train_epoch(record.learning_rate)
-    assert same_state(fit.best_state, replay.network.state_dict())
     assert replay.score()["loss"].mean() == records[-1].best_val_loss
-    assert not torch.equal(fit.best_state["head.weight"], fit.network.head.weight)
 
 
 def test_the_epochs_end_at_the_most():

@@ -19,8 +19,16 @@ from optuna.trial import TrialState
 
 from tune_steel.journal import Journal, together
 from tune_steel.space import Space, load_space
-from tune_steel.study import ask, heal_journal, open_study, read_records, reclaim, report, tell
-from tune_steel.warm_start import Beginning
+from tune_steel.study import (
+    ask,
+    begin,
+    heal_journal,
+    open_study,
+    read_records,
+    reclaim,
+    report,
+    tell,
+)
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def test_it_writes_what_optunas_own_backend_writes_and_both_read_it(
 ) -> None:
     studies = [open_study(tmp_path / "a", "run"), plain_study(tmp_path / "b")]
     for study in studies:
-        Beginning([space.defaults()]).put(study)
+        begin(study, [space.defaults()])
         play(study, space, 15)
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert contents(studies[0]) == contents(studies[1])
@@ -95,7 +103,7 @@ def test_a_trial_waits_for_the_disk_once(
     monkeypatch.setattr("os.fsync", lambda file: (synced.append(file), real(file))[1])
     study = open_study(path, "run")
     assert len(synced) == 1
-    Beginning([space.defaults()] * 4).put(study)
+    begin(study, [space.defaults()] * 4)
     assert len(synced) == 2
     play(study, space, 5)
     assert len(synced) == 2 + 5
@@ -147,7 +155,7 @@ def test_it_can_be_cut_off_anywhere_and_every_trial_ends_once(
 ) -> None:
     """A block is written in the order in which it was done, so any part of it is a beginning."""
     study = open_study(path, "run")
-    Beginning([space.defaults()]).put(study)
+    begin(study, [space.defaults()])
     play(study, space, 2, epochs=1)
     whole = path.read_bytes().splitlines(keepends=True)
     other = tmp_path / "cut"

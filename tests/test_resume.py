@@ -26,6 +26,7 @@ from searches import (
     start,
     study_of,
     wait_for,
+    wait_for_line,
 )
 
 from tune_steel.study import run_lock
@@ -40,7 +41,9 @@ SAMPLES = max(10, 3 * KILLS)
 
 def options(folder: Path) -> tuple[object, ...]:
     space = folder / "small.toml"
-    space.write_text(SMALL_SPACE)
+    # What is tried first is queued in turn, and has to keep its turn.
+    tries = "".join(f'[[try]]\n"model.depth" = 2\n"optimizer.lr" = {lr}\n' for lr in (0.05, 0.003))
+    space.write_text(SMALL_SPACE + tries)
     return (
         *("--task", "binary", "--source", "stand-in", "--space", space, "--folds", 3),
         *("--samples", SAMPLES, "--max-epochs", 18, "--grace-period", 2, "--concurrency", 1),
@@ -258,6 +261,14 @@ def test_sigterm_ends_the_search_scores_what_there_is_and_it_can_go_on(tmp_path:
     assert "Test scores on 97 rows" in out
     run = only_run(tmp_path)
     assert json.loads((run / "run.json").read_text())["state"] == "cut short"
+    process = start(tmp_path, "--resume", run)
+    wait_for_line(process, "retraining:")
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 143, err
+    assert err.strip() == f"tune_steel: go on with --resume {run}"
+    assert out == ""
+    assert json.loads((run / "run.json").read_text())["state"] == "cut short"
     code, _, err = finish(start(tmp_path, "--resume", run))
     assert code == 0, err
     check_whole(run, SAMPLES)
@@ -267,10 +278,7 @@ def test_a_second_signal_ends_it_at_once_and_loses_nothing(tmp_path: Path) -> No
     process = start(tmp_path, *options(tmp_path))
     wait_for(lambda: curves(tmp_path) >= 3)
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "SIGINT: ending the search" in line:
-            break
+    wait_for_line(process, "SIGINT: ending the search")
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process, 30)
     assert code == 130, err

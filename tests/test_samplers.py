@@ -18,12 +18,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_steel.budget import Budget
 from tune_steel.errors import OptionError
-from tune_steel.job import begin
 from tune_steel.samplers import SearchName, StoppedTrialsGP, grid, make_sampler
 from tune_steel.searcher import StudySearcher
 from tune_steel.space import Params, Space, load_space, parse_space, spaces_folder
-from tune_steel.study import METRIC, ask, open_study, tell
-from tune_steel.warm_start import Beginning
+from tune_steel.study import METRIC, ask, begin, open_study, tell
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -281,7 +279,7 @@ def test_a_grid_search_tries_every_config_once_across_a_kill_and_then_ends(tmp_p
     def searcher() -> StudySearcher:
         study = open_study(tmp_path / "j", "run")
         if not study.user_attrs:
-            begin(study, Beginning([few.defaults()]))
+            begin(study, [few.defaults()])
         given: dict[str, Any] = {"seed": 4, "max_epochs": 1, "budget": Budget(10_000)}
         return StudySearcher(few, study, search="grid", **given)
 

@@ -21,16 +21,14 @@ from tune_steel.budget import Budget
 from tune_steel.data import load_own
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.fit import Fit
-from tune_steel.job import begin
 from tune_steel.scheduler import KeepsReference, SchedulerName, make_scheduler, rungs
 from tune_steel.searcher import StudySearcher
 from tune_steel.seeds import replica_seeds
 from tune_steel.space import parse_space
 from tune_steel.splits import Development, freeze, prepare
-from tune_steel.study import METRIC, TrialRecord
+from tune_steel.study import METRIC, TrialRecord, begin
 from tune_steel.tasks import own_task
 from tune_steel.trainable import report_row
-from tune_steel.warm_start import Beginning
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 SPACE = parse_space(tomllib.loads(SMALL_SPACE), name="small.toml")
@@ -85,7 +83,7 @@ class Live:
         self, study: optuna.Study, scheduler: KeepsReference, most: int, samples: int
     ) -> None:
         if not study.user_attrs:
-            begin(study, Beginning([SPACE.defaults()]))
+            begin(study, [SPACE.defaults()])
         given: dict[str, Any] = {"search": "random", "seed": 0, "max_epochs": most}
         self.searcher = StudySearcher(SPACE, study, budget=Budget(samples), **given)
         self.scheduler = scheduler
@@ -204,7 +202,7 @@ def test_a_scheduler_that_is_refilled_goes_on_as_one_that_saw_all_of_it(
     assert ("PRUNED" in states) == (grace < most)
     again = optuna.create_study()
     again.add_trials(study.get_trials())
-    again.set_user_attr("begun", True)
+    again.set_user_attr("first", study.user_attrs["first"])
     resumed = Live(again, make_scheduler(name, most, grace, factor), most, 120)
     scored = [r for r in resumed.searcher.records if r.state in ("COMPLETE", "PRUNED")]
     resumed.scheduler.refill(scored)

@@ -16,12 +16,18 @@ import tune_steel.searcher
 import tune_steel.study
 from tune_steel.budget import Budget
 from tune_steel.errors import RunError
-from tune_steel.job import begin
 from tune_steel.scheduler import make_scheduler, rungs
 from tune_steel.searcher import StudySearcher
 from tune_steel.space import load_space, spaces_folder
-from tune_steel.study import TrialRecord, heal_journal, open_study, read_records, run_lock
-from tune_steel.warm_start import Beginning
+from tune_steel.study import (
+    TrialRecord,
+    begin,
+    enqueue,
+    heal_journal,
+    open_study,
+    read_records,
+    run_lock,
+)
 
 MOST = 9
 
@@ -29,7 +35,7 @@ MOST = 9
 def searcher_of(study: optuna.Study, seed: int = 3, **changed: Any) -> StudySearcher:
     space = load_space(spaces_folder() / "binary.toml")
     if not study.user_attrs:
-        begin(study, Beginning([space.defaults()]))
+        begin(study, [space.defaults()])
     given: dict[str, Any] = {"search": "tpe", "max_epochs": MOST, "budget": Budget(100), **changed}
     return StudySearcher(space, study, seed=seed, **given)
 
@@ -382,7 +388,8 @@ def test_a_search_without_progress_begins_no_trial_and_lets_the_running_ones_end
 def test_a_given_config_that_was_killed_half_sampled_is_given_again(tmp_path: Path) -> None:
     space = load_space(spaces_folder() / "binary.toml")
     study = open_study(tmp_path / "j", "run")
-    begin(study, Beginning([space.defaults()]))
+    begin(study, [space.defaults()])
+    enqueue(study, space.defaults(), 0)
     trial = study.ask()
     trial.set_user_attr("slot", 0)
     trial.suggest_float("optimizer.lr", 1e-4, 3e-2, log=True)
@@ -391,6 +398,20 @@ def test_a_given_config_that_was_killed_half_sampled_is_given_again(tmp_path: Pa
     assert searcher.queued == 1
     searcher.suggest("a")
     assert searcher.records[-1].params == space.defaults()
+
+
+def test_given_configs_keep_their_turn_when_the_first_one_is_killed(tmp_path: Path) -> None:
+    space = load_space(spaces_folder() / "binary.toml")
+    given = [space.defaults(), *(space.defaults() | {"optimizer.lr": lr} for lr in (0.01, 0.02))]
+    begin(open_study(tmp_path / "j", "run"), given)
+    searcher_of(open_study(tmp_path / "j", "run")).suggest("killed while it runs")
+    searcher = searcher_of(open_study(tmp_path / "j", "run"))
+    for name in "abcd":
+        searcher.suggest(name)
+    again = [r for r in searcher.records if r.state == "RUNNING"]
+    assert [r.slot for r in again] == [0, 1, 2, 3]
+    assert [r.params for r in again[:3]] == given
+    assert [r.retry_of for r in again] == [0, None, None, None]
 
 
 def test_a_config_queued_again_while_another_is_thought_about_keeps_its_slot_and_seed(

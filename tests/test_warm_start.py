@@ -20,7 +20,7 @@ from searches import finish, only_run, options_of, read, start, study_of
 
 from tune_steel.budget import Budget
 from tune_steel.errors import TuneSteelError
-from tune_steel.job import _open, begin
+from tune_steel.job import _open
 from tune_steel.options import Options, Resources
 from tune_steel.problem import Problem, load, resolve
 from tune_steel.run_folder import RunFolder, make_folder
@@ -28,8 +28,8 @@ from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.search import main
 from tune_steel.searcher import StudySearcher
 from tune_steel.space import Params, Space, parse_space
-from tune_steel.study import METRIC, TrialRecord, open_study, read_records, run_lock
-from tune_steel.warm_start import BEST_FIRST, Beginning, beginning
+from tune_steel.study import METRIC, TrialRecord, begin, open_study, read_records, run_lock
+from tune_steel.warm_start import BEST_FIRST, beginning
 
 MOST = 3
 EARLIER = 16
@@ -103,7 +103,7 @@ def earlier_run(space: Path | None, folder: Path, **changed: Any) -> Path:
     problem = resolve(given, load(given))
     run = RunFolder(make_folder(given.output, problem.task.name), given, problem)
     study = open_study(run.journal, run.record["run"])
-    begin(study, Beginning([problem.space.defaults()]))
+    begin(study, [problem.space.defaults()])
     searcher = searcher_of(study, problem, given, "random")
     ends = ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "LOST", "COMPLETE", "FAIL", "COMPLETE"]
     while searcher.ended < searcher.samples:
@@ -135,7 +135,7 @@ class Now:
         )
         self.study = open_study(self.folder.journal, self.folder.record["run"])
         self.beginning = beginning(self.options, self.problem.space, self.folder.record)
-        begin(self.study, self.beginning)
+        begin(self.study, self.beginning.configs, self.beginning.trials)
 
     @property
     def notes(self) -> str:
@@ -299,7 +299,7 @@ def test_a_run_that_was_killed_while_it_took_over_earlier_trials_takes_them_over
 ) -> None:
     now = begun(earlier)
     lines = now.folder.journal.read_bytes().splitlines(keepends=True)
-    begins = next(i for i, line in enumerate(lines) if b'"begun"' in line)
+    begins = next(i for i, line in enumerate(lines) if b'"first"' in line)
     now.folder.journal.write_bytes(b"".join(lines[: int(share * begins)]))
     study = _open(now.options, now.problem, now.folder, now.folder.record)
     assert "trials inform the sampler" in capsys.readouterr().err
@@ -373,6 +373,17 @@ def test_trials_of_another_split_or_length_give_their_configs_and_do_not_inform_
     assert now.beginning.trials == []
     best = params_of(run, complete_trials(run), now.problem.space)[:BEST_FIRST]
     assert all(params in now.beginning.configs for params in best)
+
+
+def test_what_a_space_tries_first_makes_it_no_other_space(
+    begun: Begin, earlier: Path, tmp_path: Path
+) -> None:
+    space = tmp_path / "tries.toml"
+    space.write_text(SMALL_SPACE + '[[try]]\n"optimizer.lr" = 0.05\n')
+    now = begun(earlier, space=space)
+    assert "trials inform the sampler" in now.notes
+    assert "do not inform" not in now.notes
+    assert now.first(2)[1]["optimizer.lr"] == 0.05
 
 
 @pytest.mark.parametrize(
@@ -470,7 +481,7 @@ def test_a_run_without_a_complete_trial_changes_nothing_and_says_so(
     given = options(space_path, tmp_path / "empty")
     found = resolve(given, load(given))
     run = RunFolder(make_folder(given.output, "binary"), given, found)
-    begin(open_study(run.journal, run.record["run"]), Beginning([found.space.defaults()]))
+    begin(open_study(run.journal, run.record["run"]), [found.space.defaults()])
     run.write_record()
     run.write_trials([])
     for path in (run.path, run.path / "trials.parquet"):

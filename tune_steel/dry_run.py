@@ -6,14 +6,14 @@ import json
 
 import optuna
 
-from tune_steel.job import begin, warn_of_stand_in
+from tune_steel.job import warn_of_stand_in
 from tune_steel.options import Options
 from tune_steel.problem import Problem
 from tune_steel.run_folder import RunFolder
 from tune_steel.samplers import grid
 from tune_steel.scheduler import rungs
 from tune_steel.splits import split_hash
-from tune_steel.study import ask
+from tune_steel.study import ask, begin
 from tune_steel.terminal import say, show
 from tune_steel.warm_start import beginning
 
@@ -31,7 +31,7 @@ def dry_run(options: Options, problem: Problem) -> None:
     first = beginning(options, space, RunFolder(options.output, options, problem).record)
     for note in (*problem.notes, *first.notes):
         say(note)
-    begin(study, first)
+    begin(study, first.configs, first.trials)
     fixed = dict(enumerate(grid(space, options.seed))) if options.search == "grid" else None
     configs = [
         ask(study, space, options.search, options.seed, fixed)[1]

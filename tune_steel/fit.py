@@ -45,7 +45,7 @@ class EpochRecord:
     Attributes:
         epoch: Counted from 1.
         train_loss: Mean training loss (with the config's class weights) of each replica [R].
-        scores: Validation scores of each replica, by name (`metrics.SCORES`), each [R].
+        scores: Validation scores of each replica, by name (`scores.SCORES`), each [R].
         val_loss: Mean over the replicas of the score `loss`.
         best_val_loss: The lowest `val_loss` so far.
         best_epoch: The epoch it came from.
@@ -91,7 +91,6 @@ class Fit:
     Attributes:
         network: The network, [R] replicas.
         preprocessing: The fitted feature transforms, [R] replicas.
-        best_state: Copy of the network's state after the best epoch of `epochs`; None before.
     """
 
     def __init__(
@@ -158,7 +157,6 @@ class Fit:
         self._captured = CapturedStep() if self._device.type == "cuda" else None
         self._loss = TrainingLoss(config, development, self._device)
         self._scorer = Scorer(development.reference_weights, self._device)
-        self.best_state: dict[str, Tensor] | None = None
 
     def epochs(self, most: int) -> Iterator[EpochRecord]:
         """Trains until early stopping or `most` epochs; yields after each epoch.
@@ -189,7 +187,6 @@ class Fit:
                     raise NonFiniteLossError(f"the {name} loss of epoch {epoch} is not finite")
             if val_loss < best:
                 best, best_epoch = val_loss, epoch
-                self._keep()
             if schedule.cosine_epochs is None:
                 plateau.step(val_loss)
             yield EpochRecord(
@@ -306,13 +303,6 @@ class Fit:
         for row, positions in zip(padded, folds, strict=True):
             row[: len(positions)] = torch.tensor(positions)
         return padded.to(self._device)
-
-    def _keep(self) -> None:
-        state = self.network.state_dict()
-        if self.best_state is None:
-            self.best_state = {name: tensor.clone() for name, tensor in state.items()}
-        for name, tensor in state.items():
-            self.best_state[name].copy_(tensor)
 
 
 def _generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:

@@ -1,8 +1,9 @@
-"""The main job: search, retrain the best trial, score it on test, write the tables; and resume."""
+"""The main job: search, retrain the best trials, score on test, write the tables; and resume."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,11 +18,19 @@ from tune_steel.options import Options
 from tune_steel.problem import Problem, load, resolve
 from tune_steel.profile import breakdown, process_age, profile_table
 from tune_steel.ray_session import RaySession
-from tune_steel.run_folder import RunFolder, make_folder, read_record
+from tune_steel.run_folder import RunFolder, make_folder, read_record, said_if_unwritable
 from tune_steel.splits import Development
-from tune_steel.study import SCORED, TrialRecord, heal_journal, open_study, run_lock
+from tune_steel.study import (
+    SCORED,
+    TrialRecord,
+    begin,
+    has_begun,
+    heal_journal,
+    open_study,
+    run_lock,
+)
 from tune_steel.terminal import say, show
-from tune_steel.warm_start import Beginning, beginning, check_beginning
+from tune_steel.warm_start import beginning, check_beginning
 
 if TYPE_CHECKING:
     from tune_steel.finalists import Finalists
@@ -62,12 +71,11 @@ def run_problem(options: Options, problem: Problem, path: Path, session: RaySess
     """
     folder = RunFolder(path, options, problem)
     try:
-        with run_lock(folder.journal):
+        with said_if_unwritable(path), run_lock(folder.journal):
             return _run(options, problem, folder, session)
     except BaseException:
-        if not (folder.path / "run.json").exists():  # nothing has begun
-            folder.journal.unlink(missing_ok=True)
-            folder.path.rmdir()
+        if not (path / "run.json").exists():  # nothing has begun
+            shutil.rmtree(path, ignore_errors=True)
         raise
 
 
@@ -91,7 +99,7 @@ def resume_search(
     """
     path = path.resolve()
     read_record(path)  # a folder of something else gets no lock
-    with run_lock(path / "study.journal"):
+    with said_if_unwritable(path), run_lock(path / "study.journal"):
         before = read_record(path)
         options = Options.from_dict(before["options"]).resumed(others, budget, resources)
         options.check()
@@ -148,10 +156,13 @@ def _run(
         return _finish(options, problem, folder, searcher, finalists)
     except BaseException as error:
         if (folder.path / "run.json").exists():
-            state = "cut short" if isinstance(error, KeyboardInterrupt) else "failed"
-            _record_end(folder, state, f"{type(error).__name__}: {error}")
-        if isinstance(error, KeyboardInterrupt):
-            say(f"go on with --resume {folder.path}")
+            # SIGTERM raises SystemExit while no trial runs.
+            cut_short = isinstance(error, (KeyboardInterrupt, SystemExit))
+            _record_end(
+                folder, "cut short" if cut_short else "failed", f"{type(error).__name__}: {error}"
+            )
+            if cut_short:
+                say(f"go on with --resume {folder.path}")
         raise
 
 
@@ -166,7 +177,7 @@ def _open(
 ) -> optuna.Study:
     """The study of the run, begun."""
     study = open_study(folder.journal, folder.record["run"])
-    if study.user_attrs.get("begun"):
+    if has_begun(study):
         return study
     if before is not None and before.get("trials"):
         raise RunError(
@@ -178,14 +189,8 @@ def _open(
         say(note)
     os.truncate(folder.journal, 0)  # a process may have been killed while it did this
     study = open_study(folder.journal, folder.record["run"])
-    begin(study, first)
+    begin(study, first.configs, first.trials)
     return study
-
-
-def begin(study: optuna.Study, first: Beginning) -> None:
-    """Puts into a new study what it begins with."""
-    first.put(study)
-    study.set_user_attr("begun", True)
 
 
 def _search(

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tune_steel.architectures import make_network
@@ -141,8 +141,9 @@ def save_model(model: FittedModel, folder: Path) -> None:
         state = {"median": member.preprocessing.median, **member.preprocessing.state}
         for name, array in state.items():
             arrays[f"{m}.{name}"] = np.ascontiguousarray(array)
-    save_file(weights, folder / "weights.safetensors")
-    save_arrays(arrays, folder / "preprocessing.safetensors")
+    # Its own writing of files has errors of its own, which do not tell a full disk from others.
+    (folder / "weights.safetensors").write_bytes(save(weights))
+    (folder / "preprocessing.safetensors").write_bytes(save_arrays(arrays))
     description = {
         "format": _FORMAT,
         "classes": list(model.classes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -9,7 +10,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_steel import tables
-from tune_steel.errors import OptionError, RunError
+from tune_steel.errors import OptionError, RunError, SearchFailedError
 from tune_steel.options import Options
 from tune_steel.splits import split_hash
 
@@ -31,6 +33,13 @@ _PACKAGES = (
     *("tune-steel", "torch", "torchmetrics", "numpy", "pandas", "pyarrow", "ray", "optuna"),
     *("openml", "scikit-learn", "scipy", "pydantic", "safetensors"),
 )
+
+
+_UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
+"""Of a full or broken disk, and of one that may not be written."""
 
 
 def make_folder(output: Path, name: str) -> Path:
@@ -57,6 +66,26 @@ def make_folder(output: Path, name: str) -> Path:
     raise OptionError(f"--output {output}: {stem} is there a thousand times; name another folder")
 
 
+@contextmanager
+def said_if_unwritable(path: Path) -> Iterator[None]:
+    """Turns what a full or forbidden disk raises into one line.
+
+    Raises:
+        SearchFailedError: A file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        begun = (path / "run.json").exists()
+        what = f"then go on with --resume {path}" if begun else "then start again"
+        raise SearchFailedError(
+            f"{error.filename or path} cannot be written ({os.strerror(error.errno)}); make room "
+            f"or mend the permissions, {what}"
+        ) from error
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """What `run.json` in a run's folder holds.
 
@@ -65,7 +94,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        _ = record["run"], record["options"], record["space"]["leaves"], record["splits"]
+        differences(record, record)  # reads what will be compared
+        _ = record["run"], record["state"], record["splits"]["test_rows"]
     except OSError as error:
         raise RunError(
             f"{path}: this is no folder of a run ({error.strerror}: run.json); allowed are the "
@@ -102,7 +132,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     leaves = [record["space"]["leaves"] for record in (before, now)]
     changed = [
         f"{key} is {leaves[0].get(key, 'missing')}, here {leaves[1].get(key, 'missing')}"
-        for key in sorted({**leaves[0], **leaves[1]})
+        for key in sorted({*leaves[0], *leaves[1]} - {"try"})  # only a new search reads those
         if leaves[0].get(key) != leaves[1].get(key)
     ]
     if changed:

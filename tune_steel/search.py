@@ -131,7 +131,7 @@ def search(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with the run in this folder; only budgets may change."),
+        typer.Option(help="Go on with the run in this folder; it has to stay the same search."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print space, splits and first configs; run nothing.")

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +162,28 @@ def copy_of_study(journal: Path, name: str) -> optuna.Study:
     return out
 
 
+def begin(
+    study: optuna.Study, first: Sequence[Params], earlier: Sequence[FrozenTrial] = ()
+) -> None:
+    """Puts into a new study what it begins with.
+
+    Args:
+        study: An empty one.
+        first: Configs of its first slots. They are queued one by one, when their turn comes: a
+            config that is tried again then comes before those that were not tried yet, as it would
+            have without the fault.
+        earlier: Trials of other runs that inform the sampler.
+    """
+    with together(study, durable=True):
+        study.add_trials(earlier)
+        study.set_user_attr("first", list(first))
+
+
+def has_begun(study: optuna.Study) -> bool:
+    """Whether it was given what it begins with."""
+    return "first" in study.user_attrs
+
+
 def enqueue(study: optuna.Study, params: Params, slot: int, retry_of: int | None = None) -> None:
     """Queues a config for one of the next trials."""
     attributes = {"slot": slot} | ({} if retry_of is None else {"retry_of": retry_of})
@@ -251,9 +273,12 @@ def _ask(
     fixed: Mapping[int, Params] | None,
 ) -> tuple[optuna.Trial, TrialRecord]:
     queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    if not queue and fixed is not None:
-        upcoming = next_slot(study)
-        enqueue(study, fixed[upcoming], upcoming)
+    if not queue:
+        upcoming, first = next_slot(study), study.user_attrs["first"]
+        if upcoming < len(first):
+            enqueue(study, first[upcoming], upcoming)
+        elif fixed is not None:
+            enqueue(study, fixed[upcoming], upcoming)
         queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     slot: int = queue[0].user_attrs["slot"] if queue else next_slot(study)
     given = bool(queue and queue[0].system_attrs.get("fixed_params"))

@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, create_trial
 
 from tune_steel.errors import OptionError
-from tune_steel.journal import together
 from tune_steel.options import Options
 from tune_steel.run_folder import differences, read_record
 from tune_steel.space import Leaf, Params, Space, Value
-from tune_steel.study import SCORED, copy_of_study, enqueue
+from tune_steel.study import SCORED, copy_of_study
 
 BEST_FIRST = 5
 """Configs of each earlier run that are tried first."""
@@ -40,13 +38,6 @@ class Beginning:
     configs: list[Params]
     trials: list[FrozenTrial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def put(self, study: optuna.Study) -> None:
-        """Puts it into an empty study."""
-        with together(study, durable=True):
-            for slot, params in enumerate(self.configs):
-                enqueue(study, params, slot)
-            study.add_trials(self.trials)
 
 
 def check_beginning(options: Options, space: Space) -> None:
