@@ -98,6 +98,15 @@ def test_a_class_too_rare_for_its_folds_is_named() -> None:
         freeze(task, seed=0, split=(0.7, 0.15, 0.15), folds=10)
 
 
+def test_folds_need_no_validation_split() -> None:
+    task = own(x=range(90), label=[*"abcdef"] * 15)
+    splits = freeze(task, seed=0, split=(0.78, 0.02, 0.2), folds=5)
+    assert len(splits.development) == 72
+    assert all(len(np.unique(task.y[val])) == 6 for _, val in splits.folds)
+    with pytest.raises(DataError, match="too few for the splits"):
+        freeze(task, seed=0, split=(0.78, 0.02, 0.2), folds=1)
+
+
 def test_reference_weights_are_the_inverse_frequencies_of_the_development_rows(
     steel: Table,
 ) -> None:

@@ -21,7 +21,8 @@ class Splits:
 
     Attributes:
         train: Positions of the training rows, sorted.
-        val: Positions of the validation rows, sorted.
+        val: Positions of the validation rows of the plain split, sorted; folds make no use of
+            them, and where they cannot be cut there are none.
         test: Positions of the test rows, sorted.
         folds: Train and validation positions of each replica; one pair is the plain split.
     """
@@ -108,8 +109,10 @@ def cut(
             random_state=derive(seed, "validation split"),
         )
     except ValueError as error:
-        raise _too_rare(task, "splits") from error
-    for rows in (train, val, test):
+        if folds == 1:
+            raise _too_rare(task, "splits") from error
+        train, val = development, development[:0]  # folds validate on other rows anyway
+    for rows in (train, val, test) if folds == 1 else (development, test):
         if (np.bincount(task.y[rows], minlength=len(task.classes)) == 0).any():
             raise _too_rare(task, "splits")
     train, val, test = (np.sort(rows).astype(np.int64) for rows in (train, val, test))
