@@ -33,10 +33,11 @@ _TITLES = {
     "bagged": "tune_steel: bagged",
     "tuned": "tune_steel: tuned",
     "default": "tune_steel: default config",
-    "without try: ensemble": "tune_steel without placed configs: ensemble",
-    "without try: bagged": "tune_steel without placed configs: bagged",
-    "without try: tuned": "tune_steel without placed configs: tuned",
+    "without try: ensemble": "tune_steel without `[[try]]`: ensemble",
+    "without try: bagged": "tune_steel without `[[try]]`: bagged",
+    "without try: tuned": "tune_steel without `[[try]]`: tuned",
     "boosting": "scikit-learn boosting default",
+    "reference": "the reference solution's recipe",
 }
 _ENOUGH = 5
 """Folds below which a difference gets no interval: with two of them it says next to nothing."""
@@ -45,7 +46,7 @@ _INTERVALS = (
     f"given from {_ENOUGH} folds on; open is a difference whose interval holds 0"
 )
 _PLACE = ["repeat", "fold"]
-_ENSEMBLES = {"ensemble": "as shipped", "without try: ensemble": "without placed configs"}
+_ENSEMBLES = {"ensemble": "as shipped", "without try: ensemble": "without `[[try]]`"}
 _TUNED_BOOSTERS = ("LightGBM tuned", "XGBoost tuned", "CatBoost tuned")
 
 
@@ -111,7 +112,7 @@ def brief(rows: pd.DataFrame) -> str:
     if against:
         lines += [
             "",
-            "The ensemble's scores, with and without placed configs, minus those of each tuned "
+            "The ensemble's scores, with and without `[[try]]`, minus those of each tuned "
             f"booster on the folds that both ran on. {_INTERVALS}:",
             "",
             row("task", "search", "booster", "folds", *(_SHOWN[name] for name in _COMPARED)),
