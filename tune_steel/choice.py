@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tune_steel.options import Options
 from tune_steel.scheduler import rungs
 from tune_steel.study import METRIC, SCORED, TrialRecord
@@ -24,6 +26,11 @@ def candidates(records: list[TrialRecord], options: Options) -> list[TrialRecord
 def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:
     """The best candidate."""
     return next(iter(candidates(records, options)), None)
+
+
+def default_trial(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The trial of the space's default config."""
+    return next((r for r in reversed(records) if r.slot == 0 and r.state in SCORED), None)
 
 
 def members(ranked: list[TrialRecord], most: int) -> list[TrialRecord]:

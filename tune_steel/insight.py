@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy.special import gammaincc, stdtrit
 
+from tune_steel.choice import default_trial
 from tune_steel.features import Floats
 from tune_steel.space import Space
 from tune_steel.study import ENDED, METRIC, SCORED, TrialRecord
@@ -139,7 +140,7 @@ def study_insight(
         max_epochs: Epochs of a trial that nothing stops.
     """
     scored = [record for record in records if record.state in SCORED]
-    default = next((record for record in reversed(scored) if record.slot == 0), None)
+    default = default_trial(records)
     return Insight(
         comparable=len(scored),
         importance=_importance(scored, space) if len(scored) >= _LEAST_TRIALS else [],

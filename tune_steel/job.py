@@ -22,7 +22,6 @@ from tune_steel.run_folder import RunFolder, make_folder, read_record, said_if_u
 from tune_steel.splits import Development
 from tune_steel.study import (
     SCORED,
-    TrialRecord,
     begin,
     has_begun,
     heal_journal,
@@ -253,7 +252,7 @@ def _train_again(
     concurrency: int,
 ) -> Finalists | None:
     """Trains members and rivals again; None where no trial has a score."""
-    from tune_steel.choice import candidates, members
+    from tune_steel.choice import candidates, default_trial, members
 
     records = searcher.records
     ranked = candidates(records, options)
@@ -267,7 +266,7 @@ def _train_again(
     from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, seconds_again
 
     plans = [Plan.of(record) for record in members(ranked, MEMBERS)]
-    default = _default(records)
+    default = default_trial(records)
     rivals = [Plan.of(record) for record in (ranked[0], default) if record is not None]
     seconds = seconds_again(plans, rivals, len(development.folds), concurrency)
     say(
@@ -292,11 +291,6 @@ def _train_again(
         raise SearchFailedError(f"{error}; go on with --resume {folder.path}") from error
 
 
-def _default(records: list[TrialRecord]) -> TrialRecord | None:
-    """The trial of the default config."""
-    return next((r for r in reversed(records) if r.slot == 0 and r.state in SCORED), None)
-
-
 def _finish(
     options: Options,
     problem: Problem,
@@ -305,7 +299,7 @@ def _finish(
     finalists: Finalists | None,
 ) -> int:
     """Evaluates what was refitted, writes everything, then prints it; returns the exit code."""
-    from tune_steel.choice import choose
+    from tune_steel.choice import choose, default_trial
 
     records, signal, times = searcher.records, searcher.stop.signal, searcher.times
     best = choose(records, options)
@@ -325,7 +319,7 @@ def _finish(
         evaluation = evaluate(
             finalists,
             best,
-            _default(records),
+            default_trial(records),
             problem.development,
             problem.sealed,
             seed=options.seed,

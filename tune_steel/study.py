@@ -274,7 +274,7 @@ def _ask(
 ) -> tuple[optuna.Trial, TrialRecord]:
     queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     if not queue:
-        upcoming, first = next_slot(study), study.user_attrs["first"]
+        upcoming, first = next_slot(study), study.user_attrs.get("first", ())
         if upcoming < len(first):
             enqueue(study, first[upcoming], upcoming)
         elif fixed is not None:
