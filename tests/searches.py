@@ -70,10 +70,12 @@ def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
     return process.returncode, out, err
 
 
-def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
-    """Reads what the process says until a line has this in it."""
+def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
+    """Reads what the process says until a line has this in it; that line."""
     assert process.stderr is not None
-    assert any(text in line for line in process.stderr), f"it ended without {text!r}"
+    line = next((line for line in process.stderr if text in line), None)
+    assert line is not None, f"it ended without {text!r}"
+    return line
 
 
 def only_run(folder: Path) -> Path:

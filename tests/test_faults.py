@@ -142,8 +142,7 @@ def test_a_full_disk_ends_the_search_with_one_line_and_loses_no_finished_trial(
     before = curves(small_disk)
     (small_disk / "ballast").unlink()
     process = start(small_disk, "--resume", run)
-    assert process.stderr is not None
-    said = process.stderr.readline()
+    said = wait_for_line(process, "trials have ended")
     assert int(re.search(r"(\d+) of 12 trials have ended", said)[1]) >= before - 2  # type: ignore[index]
     # Full again, when the search has ended and the models are about to be written.
     wait_for_line(process, "retraining:")
