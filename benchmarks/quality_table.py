@@ -26,8 +26,6 @@ _SHOWN = {
 _COMPARED = ("accuracy", "macro_accuracy", "log_loss")
 _OURS = ("ensemble", "bagged", "tuned")
 """The product's models; the first one that is there is what a user gets."""
-_BESIDE = ("bagged", "tuned", "default", "boosting")
-"""What a run scores beside its ensemble, in the same seconds."""
 _TITLES = {
     "ensemble": "**tune_steel: ensemble**",
     "bagged": "tune_steel: bagged",
@@ -75,6 +73,9 @@ def brief(rows: pd.DataFrame) -> str:
     most = folds.groupby("task").transform("max")
     whole, first = folds == most, scored.iloc[0]
     ran = sorted(set(most))
+    final = set(
+        scored.groupby("cell")["method"].first()
+    )  # the others come with it, in its seconds
     stand_in = "; STAND-IN data" if (scored["data_source"] == "stand-in").any() else ""
     means = scored.groupby(["task", "method"])[[*_COMPARED, "seconds"]].mean()
     ranks = means[whole]["log_loss"].groupby("task").rank().groupby("method").mean()
@@ -95,11 +96,11 @@ def brief(rows: pd.DataFrame) -> str:
                 cells.append("")
                 continue
             mean = means.loc[(task, method)]
-            with_the_ensemble = method in _BESIDE or method.endswith((": bagged", ": tuned"))
-            seconds = "" if with_the_ensemble else f", {mean['seconds']:.0f} s"
+            seconds = f", {mean['seconds']:.0f} s" if method in final else ""
             cells.append(_scores(mean) + seconds)
         lines.append(row(_TITLES.get(method, method), *cells))
-    if parts := [line for task in tasks for line in _parts(task, scored, whole)]:
+    finals = scored[scored["method"].isin(final)]
+    if parts := [line for task in tasks for line in _parts(task, finals, whole)]:
         lines += [
             "",
             "On a part of the folds, where the means above are no measure:",
@@ -132,7 +133,7 @@ def _parts(task: str, scored: pd.DataFrame, whole: pd.Series[bool]) -> Iterator[
     ours = here[here["method"] == "ensemble"]
     for name, theirs in here.groupby("method"):
         method = str(name)
-        if whole[(task, method)] or method.endswith((": bagged", ": tuned")):
+        if whole[(task, method)]:
             continue
         same = ours.merge(theirs[_PLACE], on=_PLACE)
         if len(same) == len(theirs):

@@ -19,11 +19,11 @@ from optuna.trial import TrialState
 from searches import finish, only_run, options_of, read, start, study_of
 
 from tune_steel.budget import Budget
-from tune_steel.errors import TuneSteelError
+from tune_steel.errors import RunError, TuneSteelError
 from tune_steel.job import _open
 from tune_steel.options import Options, Resources
 from tune_steel.problem import Problem, load, resolve
-from tune_steel.run_folder import RunFolder, make_folder
+from tune_steel.run_folder import RunFolder, make_folder, read_record
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.search import main
 from tune_steel.searcher import StudySearcher
@@ -373,6 +373,18 @@ def test_trials_of_another_split_or_length_give_their_configs_and_do_not_inform_
     assert now.beginning.trials == []
     best = params_of(run, complete_trials(run), now.problem.space)[:BEST_FIRST]
     assert all(params in now.beginning.configs for params in best)
+
+
+@pytest.mark.parametrize("key", ["classes", "data", "state", "splits"])
+def test_a_record_that_lacks_what_is_compared_is_damaged(
+    earlier: Path, tmp_path: Path, key: str
+) -> None:
+    record = json.loads((earlier / "run.json").read_text())
+    assert read_record(earlier) == record
+    del record[key]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=f"it is damaged \\('{key}'\\)"):
+        read_record(tmp_path)
 
 
 def test_what_a_space_tries_first_makes_it_no_other_space(

@@ -273,14 +273,12 @@ def _ask(
     fixed: Mapping[int, Params] | None,
 ) -> tuple[optuna.Trial, TrialRecord]:
     queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    if not queue:
-        upcoming, first = next_slot(study), study.user_attrs.get("first", ())
-        if upcoming < len(first):
-            enqueue(study, first[upcoming], upcoming)
-        elif fixed is not None:
-            enqueue(study, fixed[upcoming], upcoming)
-        queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     slot: int = queue[0].user_attrs["slot"] if queue else next_slot(study)
+    if not queue:
+        upcoming = fixed or dict(enumerate(study.user_attrs.get("first", ())))
+        if slot in upcoming:
+            enqueue(study, upcoming[slot], slot)
+            queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     given = bool(queue and queue[0].system_attrs.get("fixed_params"))
     # A sampler of a whole config would think in vain about one that is given.
     study.sampler = make_sampler("random" if given else search, seed, slot)
