@@ -7,8 +7,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,7 @@ from searches import (
     wait_for_line,
 )
 
+from tune_steel.search import main
 from tune_steel.study import run_lock
 
 pytestmark = pytest.mark.ray
@@ -170,11 +172,24 @@ def test_more_samples_go_on_from_damaged_files_and_say_that_the_test_rows_were_s
     assert len(record["resumed"]) == 1
 
 
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("tune_steel: error: ")
-    return line
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """The one line that a command ends with; in this process, or each would import for seconds."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["tune-steel", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out) == (2, ""), err
+        (line,) = err.splitlines()
+        assert line.startswith("tune_steel: error: ")
+        return line
+
+    return run
 
 
 @pytest.fixture
@@ -199,56 +214,57 @@ def untouched(copied: Path) -> Iterator[Path]:
     ],
 )
 def test_what_would_make_it_another_search_is_refused(
-    untouched: Path, command: Command, arguments: tuple[object, ...], message: str
+    untouched: Path, refusal: Refusal, arguments: tuple[object, ...], message: str
 ) -> None:
-    assert message in refusal(command("--resume", untouched, "--samples", 99, *arguments))
+    assert message in refusal("--resume", untouched, "--samples", 99, *arguments)
 
 
 def test_a_changed_space_is_refused_with_the_difference(
-    untouched: Path, command: Command, tmp_path: Path
+    untouched: Path, refusal: Refusal, tmp_path: Path
 ) -> None:
     changed = tmp_path / "changed.toml"
     changed.write_text(SMALL_SPACE.replace("float = [1e-3, 1e-1]", "float = [1e-3, 3e-1]"))
-    line = refusal(command("--resume", untouched, "--samples", 99, "--space", changed))
+    line = refusal("--resume", untouched, "--samples", 99, "--space", changed)
     assert "optimizer.lr is {'float': [0.001, 0.1]" in line
     assert "here {'float': [0.001, 0.3]" in line
 
 
 @pytest.mark.real_data
-def test_a_changed_table_is_refused_with_the_difference(untouched: Path, command: Command) -> None:
+def test_a_changed_table_is_refused_with_the_difference(untouched: Path, refusal: Refusal) -> None:
     table = os.environ["TUNE_STEEL_DATA"]
     given = ("--data", table, "--source", "auto", "--samples", 99)
-    assert "its table has the hash" in refusal(command("--resume", untouched, *given))
+    assert "its table has the hash" in refusal("--resume", untouched, *given)
 
 
 def test_a_run_that_another_process_runs_is_refused(untouched: Path, command: Command) -> None:
     with run_lock(untouched / "study.journal"):
-        assert "another process is running this search" in refusal(
-            command("--resume", untouched, "--samples", 99)
-        )
+        done = command("--resume", untouched, "--samples", 99)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "another process is running this search" in line
 
 
 def test_what_is_damaged_or_no_run_is_one_line(
-    copied: Path, command: Command, tmp_path: Path
+    copied: Path, refusal: Refusal, tmp_path: Path
 ) -> None:
     journal = (copied / "study.journal").read_bytes()
     lines = journal.splitlines(keepends=True)
     (copied / "study.journal").write_bytes(b"".join([*lines[:9], b"damage\n", *lines[10:]]))
-    assert "line 10 is damaged" in refusal(command("--resume", copied, "--samples", 99))
+    assert "line 10 is damaged" in refusal("--resume", copied, "--samples", 99)
     (copied / "study.journal").write_bytes(b"")
     assert "it is empty, but run.json tells of trials" in refusal(
-        command("--resume", copied, "--samples", 99)
+        "--resume", copied, "--samples", 99
     )
     record = json.loads((copied / "run.json").read_text())
     del record["options"]["threshold"]
     (copied / "run.json").write_text(json.dumps(record))
-    assert "of another version of tune_steel" in refusal(command("--resume", copied))
+    assert "of another version of tune_steel" in refusal("--resume", copied)
     (copied / "run.json").write_text('{"run": ')
-    assert "run.json: it is damaged" in refusal(command("--resume", copied))
+    assert "run.json: it is damaged" in refusal("--resume", copied)
     (tmp_path / "empty").mkdir()
-    assert "this is no folder of a run" in refusal(command("--resume", tmp_path / "empty"))
+    assert "this is no folder of a run" in refusal("--resume", tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
-    assert "this is no folder of a run" in refusal(command("--resume", tmp_path / "missing"))
+    assert "this is no folder of a run" in refusal("--resume", tmp_path / "missing")
 
 
 def test_sigterm_ends_the_search_scores_what_there_is_and_it_can_go_on(tmp_path: Path) -> None:
