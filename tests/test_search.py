@@ -21,13 +21,15 @@ from tune_steel.predict import load_model
 from tune_steel.study import open_study
 
 pytestmark = pytest.mark.ray
+ONE = ("--concurrency", 1)
+"""Where two trials at once would tell nothing more: a second worker takes seconds to start."""
 
 
 def test_an_own_table_with_strings_categories_and_gaps_works_from_another_directory(
     command: Command, own_csv: Path, space_file: Path, tmp_path: Path
 ) -> None:
     given = ("--data", own_csv, "--target", "verdict", "--space", space_file)
-    done = command(*given, *SMALL, "--threshold", "f1")
+    done = command(*given, *SMALL, *ONE, "--threshold", "f1")
     assert done.returncode == 0, done.stderr
     assert "column site is constant and was dropped" in done.stderr
     run = only_run(tmp_path / "elsewhere")
@@ -56,7 +58,7 @@ def test_scrambled_test_rows_change_no_bit_of_the_search(
     def curves(table: Path, name: str) -> tuple[pd.DataFrame, list[int]]:
         done = command(
             *("--data", table, "--target", "verdict", "--space", space_file, *SMALL),
-            *("--concurrency", 1, "--output", tmp_path / name),
+            *(*ONE, "--output", tmp_path / name),
         )
         assert done.returncode == 0, done.stderr
         (run,) = (tmp_path / name).iterdir()
@@ -99,7 +101,8 @@ def test_a_column_with_one_known_value_and_odd_class_names_cost_no_result(
     rare[7] = 1.0
     verdict = np.where(x > 0, "[/b]", "[red]x")
     pd.DataFrame({"x": x, "rare": rare, "y": verdict}).to_csv(tmp_path / "odd.csv")
-    done = command("--data", tmp_path / "odd.csv", "--target", "y", "--space", space_file, *SMALL)
+    small = ("--samples", 3, "--max-epochs", 3, "--folds", 2, *ONE)
+    done = command("--data", tmp_path / "odd.csv", "--target", "y", "--space", space_file, *small)
     assert done.returncode == 0, done.stderr
     assert "[red]x" in done.stdout
     run = only_run(tmp_path / "elsewhere")
@@ -119,7 +122,7 @@ def test_trials_that_raise_are_recorded_and_the_search_goes_on(
             "pos_weight = { float = [0.5, 4.0], log = true, default = 1.0 }", weight
         )
     )
-    done = command("--task", "binary", "--source", "stand-in", "--space", space, *SMALL)
+    done = command("--task", "binary", "--source", "stand-in", "--space", space, *SMALL, *ONE)
     assert done.returncode == 0, done.stderr
     check_plain(done.stderr)
     run = only_run(tmp_path / "elsewhere")
@@ -144,7 +147,7 @@ def test_when_every_trial_fails_it_says_why_and_exits_with_1(
             "pos_weight = { float = [0.5, 4.0], log = true, default = 1.0 }", "pos_weight = 3e38"
         )
     )
-    arguments = ("--samples", 3, "--max-epochs", 3, "--folds", 1)
+    arguments = ("--samples", 3, "--max-epochs", 3, "--folds", 1, *ONE)
     done = command("--task", "binary", "--source", "stand-in", "--space", space, *arguments)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
@@ -220,7 +223,8 @@ def test_the_three_tasks_run_on_the_real_table(
     command: Command, tmp_path: Path, task: str
 ) -> None:
     # The default, and the first config that the task's space tries.
-    done = command("--task", task, "--samples", 2, "--max-epochs", 2, "--folds", 2)
+    small = ("--samples", 2, "--max-epochs", 2, "--folds", 2, *ONE)
+    done = command("--task", task, *small)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "elsewhere")
     assert set(read(run, "trials")["data_source"]) == {"file"}
