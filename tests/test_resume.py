@@ -239,8 +239,9 @@ def test_a_changed_table_is_refused_with_the_difference(untouched: Path, refusal
 def test_a_run_that_another_process_runs_is_refused(untouched: Path, command: Command) -> None:
     with run_lock(untouched / "study.journal"):
         done = command("--resume", untouched, "--samples", 99)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
+    assert line.startswith("tune_steel: error: ")
     assert "another process is running this search" in line
 
 

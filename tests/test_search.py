@@ -101,8 +101,8 @@ def test_a_column_with_one_known_value_and_odd_class_names_cost_no_result(
     rare[7] = 1.0
     verdict = np.where(x > 0, "[/b]", "[red]x")
     pd.DataFrame({"x": x, "rare": rare, "y": verdict}).to_csv(tmp_path / "odd.csv")
-    small = ("--samples", 3, "--max-epochs", 3, "--folds", 2, *ONE)
-    done = command("--data", tmp_path / "odd.csv", "--target", "y", "--space", space_file, *small)
+    given = ("--data", tmp_path / "odd.csv", "--target", "y", "--space", space_file)
+    done = command(*given, *SMALL, *ONE)
     assert done.returncode == 0, done.stderr
     assert "[red]x" in done.stdout
     run = only_run(tmp_path / "elsewhere")
