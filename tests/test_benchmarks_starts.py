@@ -94,6 +94,15 @@ def test_a_portfolio_is_of_configs_that_make_up_for_each_other() -> None:
     assert starts.of_random(regrets, 1) == pytest.approx(regrets.mean().to_numpy())
 
 
+def test_neither_a_wide_config_nor_the_steel_tables_own_may_be_placed() -> None:
+    rows = rows_of({"wide": (1, 1, 1), "a": (2, 2, 3), "b": (3, 3, 2), "steel": (1, 1, 1)})
+    widths = rows["config"].map({"wide": starts.MOST_WIDTH + 1}).fillna(starts.MOST_WIDTH)
+    rows["params"] = [json.dumps({"model.width": width}) for width in widths]
+    rows["round"] = [1] * 12
+    assert list(starts.of_candidates(rows).index) == ["a", "b"]
+    assert starts.of_candidates(rows).loc["a", "s"] == 1, "the scale is that of all configs"
+
+
 def test_both_rounds_run_on_tables_of_r_and_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
