@@ -467,9 +467,9 @@ def test_neighbours_are_training_rows_of_the_own_fold_only():
         own = fit._x[r, torch.tensor(train)]
         for row in fit.network.neighbours[r]:
             assert (own == row).all(1).any()
-    index = fit._batches_of(torch.arange(80).repeat(3, 1), slice(0, 64), 32)
-    assert index.shape == (2, 3, 32 + 20)
-    assert index[1, 0].tolist() == [*range(32, 80), *range(4)]  # once around
+    index = fit._batches_of(torch.arange(80).repeat(3, 1), slice(16, 80), 32)
+    assert index.shape == (2, 3, 32 + 10)
+    assert index[1, 0].tolist() == [*range(48, 80), *range(10)]  # once around
 
 
 @pytest.mark.parametrize("batch_size", [16, 50, 64, 79, 80, 256])
@@ -483,7 +483,7 @@ def test_no_row_is_twice_among_a_batch_and_its_neighbours(batch_size):
     seen = []
     for rows, size in fit._blocks():
         index = fit._batches_of(order, rows, size)
-        assert index.shape[-1] == min(size + 20, 80)
+        assert index.shape[-1] == min(size + 10, 80)
         for step in index[:, 0].tolist():
             assert len(set(step)) == len(step)
             seen += step[:size]

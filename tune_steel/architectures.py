@@ -188,7 +188,7 @@ class StackedNCA(_Embedded):
 
     Rows are mapped to points; a class's probability is the share of training rows of that class,
     each weighted with exp(-distance to the row), and the logits are its logarithm. In training a
-    batch's neighbours are the batch and a quarter of the other rows, those that come next in the
+    batch's neighbours are the batch and an eighth of the other rows, those that come next in the
     epoch's random order (the paper draws up to 60 % anew for each batch), without the row itself;
     afterwards all training rows, which the network keeps. Of more than 8192 the first ones of a
     fixed random order stand for all.
@@ -218,8 +218,8 @@ class StackedNCA(_Embedded):
         self.register_buffer("classes", torch.empty(len(generators), 0, dtype=torch.int64))
 
     def context(self, rows: int) -> int:
-        """A quarter of the training rows of an epoch, 2048 at most."""
-        return min(rows // 4, _MOST_CONTEXT)
+        """An eighth of the training rows of an epoch, 2048 at most."""
+        return min(rows // 8, _MOST_CONTEXT)
 
     def learn_from(self, x: Tensor, y: Tensor) -> None:
         """Keeps the training rows as neighbours."""
