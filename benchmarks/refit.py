@@ -73,15 +73,16 @@ def measure(
         *_, whole = retrain(plan, development, "cpu", seed=seed)
         assert isinstance(again, Refit)
         assert isinstance(whole, Networks)
-        out_of_fold.append(again.natural(class_weights(plan.config, development)))
+        out_of_fold.append(again.probabilities())
         of_folds, of_all = (
-            member(plan, networks, development).natural(features).mean(axis=0)
+            member(plan, networks, development).stacks(features).mean(axis=0)
             for networks in (again.networks, whole)
         )
         predicted["folds"].append(of_folds)
         predicted["all"].append(of_all)
         predicted["both"].append((of_folds + of_all) / 2)
-    combination = combine(np.stack(out_of_fold), development.y[positions])
+    weights = np.stack([class_weights(plan.config, development) for plan in plans])
+    combination = combine(np.stack(out_of_fold), development.y[positions], weights)
     rows = []
     for networks, p in predicted.items():
         scores = score(combination.apply(p), y, development.reference_weights)

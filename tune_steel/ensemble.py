@@ -1,4 +1,4 @@
-"""What makes one model of the members' probabilities: weights, a calibration, a threshold.
+"""What makes one model of the members' probabilities: calibrations, weights, a threshold.
 
 All of them are fitted on out-of-fold predictions, by the plain log-loss at the classes' natural
 frequencies, and not by the class-weighted loss that the search minimises: that one rewards
@@ -26,22 +26,7 @@ _ROUNDS = 50
 _LEAST_PROBABILITY = 1e-300  # only an exact 0 is lifted
 _MOST_TEMPERATURE = 20.0
 _MOST_SHIFT = 1.0  # at 1 rare classes count as if all were equally frequent
-
-
-def natural(log_p: Floats, class_weights: Floats) -> Floats:
-    """Probabilities at the classes' natural frequencies.
-
-    A network that was trained with class weights w estimates probabilities proportional to
-    w_c P(c|x), so they are divided by w and normalised (Elkan, "The foundations of cost-sensitive
-    learning", 2001; Saerens, Latinne & Decaestecker, "Adjusting the outputs of a classifier to
-    new a priori probabilities", 2002).
-
-    Args:
-        log_p: Log-probabilities [..., C] as the network gives them.
-        class_weights: Weights [C] of the training loss.
-    """
-    out: Floats = softmax(log_p - np.log(class_weights), axis=-1)
-    return out
+_MOST_UNDONE = 2.0  # of class weights; more than 1 where a network overdid them
 
 
 def log_loss(p: Floats, y: Ints) -> float:
@@ -83,7 +68,7 @@ def select(p: Floats, y: Ints) -> Floats:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to the logits of the weighted average.
+    """What is done to the logits of a member, or of the members' weighted average.
 
     Attributes:
         temperature: What they are divided by (Guo et al., "On calibration of modern neural
@@ -109,30 +94,51 @@ def _logits(p: Floats) -> Floats:
 
 
 def calibrate(p: Floats, y: Ints) -> Calibration:
-    """The calibration with the lowest log-loss; none unless it lowers it.
+    """The calibration of an average with the lowest log-loss; none unless it lowers it.
 
-    The bias has a single parameter s: class c gets -s log f_c, f_c its frequency among y. Networks
-    that were trained with class weights overstate rare classes by less than the weights say, above
-    all nearest neighbours, whose votes come at natural frequencies whatever the loss, so `natural`
-    takes too much from them; s gives it back. A bias of its own for each class (Alexandari,
-    Kundaje & Shrikumar, "Maximum likelihood with bias-corrected calibration", 2020) would have as
-    many parameters as classes, and some have few rows.
+    The bias has a single parameter s: class c gets -s log f_c, f_c its frequency among y. A bias
+    of its own for each class (Alexandari, Kundaje & Shrikumar, "Maximum likelihood with
+    bias-corrected calibration", 2020) would have as many parameters as classes, and some have few
+    rows.
 
     Args:
         p: Probabilities [n, C].
         y: Class indices [n].
     """
+    frequencies = np.maximum(np.bincount(y, minlength=p.shape[1]), 1) / len(y)
+    return _calibrate(p, y, -np.log(frequencies), (-_MOST_SHIFT, _MOST_SHIFT))
+
+
+def unweight(p: Floats, y: Ints, class_weights: Floats) -> Calibration:
+    """The calibration of a member, which was trained with class weights; none unless it helps.
+
+    A network that was trained with class weights w would estimate probabilities proportional to
+    w_c P(c|x), to be divided by w (Elkan, "The foundations of cost-sensitive learning", 2001;
+    Saerens, Latinne & Decaestecker, "Adjusting the outputs of a classifier to new a priori
+    probabilities", 2002). Networks overstate rare classes by less than their weights say, above
+    all nearest neighbours, whose votes come at natural frequencies whatever the loss. So class c
+    gets -a log w_c, and how much of the weights is undone, a, is fitted.
+
+    Args:
+        p: Probabilities [n, C] as the member gives them.
+        y: Class indices [n].
+        class_weights: Weights [C] of the training loss.
+    """
+    return _calibrate(p, y, -np.log(class_weights), (0.0, _MOST_UNDONE))
+
+
+def _calibrate(p: Floats, y: Ints, direction: Floats, bounds: tuple[float, float]) -> Calibration:
+    """Fits the temperature, and the bias along a direction [C] within bounds."""
     # Half a second to import, which the workers that train members need not spend.
     from scipy.optimize import minimize
 
     rows, logits = np.arange(len(y)), _logits(p)
-    rarity = -np.log(np.maximum(np.bincount(y, minlength=p.shape[1]), 1) / len(y))
 
     def loss(parameters: Floats) -> tuple[float, Floats]:
-        log_p = log_softmax(parameters[0] * logits + parameters[1] * rarity, axis=1)
+        log_p = log_softmax(parameters[0] * logits + parameters[1] * direction, axis=1)
         error = np.exp(log_p)
         error[rows, y] -= 1
-        gradient = np.array([(error * logits).sum(), (error * rarity).sum()]) / len(y)
+        gradient = np.array([(error * logits).sum(), (error * direction).sum()]) / len(y)
         return -float(log_p[rows, y].mean()), gradient
 
     found = minimize(
@@ -140,11 +146,11 @@ def calibrate(p: Floats, y: Ints) -> Calibration:
         np.array([1.0, 0.0]),
         jac=True,
         method="L-BFGS-B",
-        bounds=[(1 / _MOST_TEMPERATURE, _MOST_TEMPERATURE), (-_MOST_SHIFT, _MOST_SHIFT)],
+        bounds=[(1 / _MOST_TEMPERATURE, _MOST_TEMPERATURE), bounds],
         options={"ftol": 1e-15, "gtol": 1e-9},
     )
     inverse, shift = found.x
-    calibration = Calibration(1 / float(inverse), tuple((shift * rarity).tolist()))
+    calibration = Calibration(1 / float(inverse), tuple((shift * direction).tolist()))
     lowers = log_loss(calibration.apply(p), y) < log_loss(p, y)
     return calibration if lowers else Calibration()
 
@@ -182,41 +188,52 @@ class Combination:
 
     Attributes:
         weights: Weight of each member [M], summing to 1.
+        of_members: What is done to the probabilities of each member first.
         calibration: What is done to their weighted average.
         threshold: Two classes: the probability above which a row counts as of the second class;
             None takes the more probable one.
     """
 
     weights: Floats
+    of_members: tuple[Calibration, ...]
     calibration: Calibration = Calibration()
     threshold: float | None = None
 
     def apply(self, p: Sequence[Floats] | Floats) -> Floats:
         """Probabilities [n, C] from those of the members, M times [n, C]."""
         mean = np.zeros(p[0].shape)
-        for weight, member in zip(self.weights, p, strict=True):
+        for weight, own, member in zip(self.weights, self.of_members, p, strict=True):
             if weight > 0:
-                mean += weight * member
+                mean += weight * own.apply(member)
         return self.calibration.apply(mean)
 
 
-def combine(p: Floats, y: Ints, rule: ThresholdRule = "none") -> Combination:
-    """The combination that fits rows best: weights, then the calibration, then the threshold.
+def combine(
+    p: Floats, y: Ints, class_weights: Floats, rule: ThresholdRule = "none"
+) -> Combination:
+    """The combination that fits rows best: calibrated members, their weights, what comes after.
+
+    Members are calibrated before the weights are chosen: trials differ in what label smoothing and
+    class weights did to their probabilities, so that no calibration of the average fits them all,
+    and the selection would pass over a good member that is only unsure.
 
     Args:
-        p: Out-of-fold probabilities of the members at natural frequencies [M, n, C].
+        p: Out-of-fold probabilities of the members as they give them [M, n, C].
         y: Class indices [n].
+        class_weights: Weights of the members' training losses [M, C].
         rule: How the threshold is chosen.
     """
-    weights = select(p, y)
-    mean = Combination(weights).apply(p)
+    of_members = tuple(unweight(own, y, w) for own, w in zip(p, class_weights, strict=True))
+    calibrated = [own.apply(member) for own, member in zip(of_members, p, strict=True)]
+    weights = select(np.stack(calibrated), y)
+    mean = Combination(weights, of_members).apply(p)
     calibration = calibrate(mean, y)
     positive = calibration.apply(mean)[:, 1]
-    return Combination(weights, calibration, best_threshold(positive, y, rule))
+    return Combination(weights, of_members, calibration, best_threshold(positive, y, rule))
 
 
 def cross_fit(
-    p: Floats, y: Ints, fold: Ints, rule: ThresholdRule = "none"
+    p: Floats, y: Ints, class_weights: Floats, fold: Ints, rule: ThresholdRule = "none"
 ) -> list[tuple[Floats, float | None]]:
     """Each fold's probabilities [n_f, C] and threshold by the combination of the other folds.
 
@@ -225,8 +242,9 @@ def cross_fit(
     rows, and it is the flattering one.
 
     Args:
-        p: Out-of-fold probabilities of the members [M, n, C].
+        p: Out-of-fold probabilities of the members as they give them [M, n, C].
         y: Class indices [n].
+        class_weights: Weights of the members' training losses [M, C].
         fold: Fold of each row [n], from 0.
         rule: How the threshold is chosen.
     """
@@ -235,6 +253,6 @@ def cross_fit(
     for held in range(folds):
         inside: NDArray[np.bool_] = fold == held
         others = ~inside if folds > 1 else inside
-        fitted = combine(p[:, others], y[others], rule)
+        fitted = combine(p[:, others], y[others], class_weights, rule)
         out.append((fitted.apply(p[:, inside]), fitted.threshold))
     return out

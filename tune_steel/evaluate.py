@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from tune_steel.boosting import Boosting
+from tune_steel.ensemble import Combination
 from tune_steel.features import Features, Floats, Ints
 from tune_steel.finalists import EnsembleFacts, Finalists, OutOfFold
-from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member
 from tune_steel.refit import Plan, member
 from tune_steel.scores import Interval, bootstrap, confusion, confusion_interval, score
@@ -130,10 +131,10 @@ def evaluate(
     for plan, again in finalists.refits:
         if plan.trial == best.number:
             gap = abs(again.val_loss - plan.val_loss)
-            natural = again.natural(class_weights(plan.config, development))
-            parts = ensemble.blocks("bagged", natural)
+            alone, parts = ensemble.alone("bagged", plan, again)
             bagged = member(plan, again.networks, development)
-            entrants.append(_Entrant("bagged", bagged.natural, _fold_scores(parts, development)))
+            predict = partial(_calibrated, bagged, alone)
+            entrants.append(_Entrant("bagged", predict, _fold_scores(parts, development)))
             own = np.exp(again.out_of_fold[0])
             out_of_fold += [*parts, *ensemble.blocks("tuned", own)]
             break
@@ -186,6 +187,11 @@ def evaluate(
 
 
 _DEFAULT = "the default config"
+
+
+def _calibrated(one: Member, alone: Combination, features: Features) -> Floats:
+    """Probabilities of each stack of a single member [S, n, C]."""
+    return np.stack([alone.apply([p]) for p in one.stacks(features)])
 
 
 def _fold_scores(

@@ -55,12 +55,14 @@ class Membership:
         trial: Its number.
         family: Its family of networks.
         weight: Its weight in the ensemble; 0 where the selection left it out.
-        log_loss: Out-of-fold log-loss of its fold models, at natural class frequencies.
+        calibration: What is done to its logits.
+        log_loss: Out-of-fold log-loss of its fold models, calibrated on the same rows.
     """
 
     trial: int
     family: str
     weight: float
+    calibration: Calibration
     log_loss: float
 
 
@@ -109,7 +111,7 @@ class Ensemble:
     """Members that were trained again on their folds, and their combination.
 
     Attributes:
-        p: Out-of-fold probabilities of the members at natural frequencies [M, n, C].
+        p: Out-of-fold probabilities of the members as they give them [M, n, C].
         cross_fitted: Of each fold, the probabilities and threshold that the other folds gave.
     """
 
@@ -120,16 +122,17 @@ class Ensemble:
         self._development = development
         self._positions, self._fold = validation_rows(development)
         self._y = development.y[self._positions]
-        self.p = np.stack(
-            [again.natural(class_weights(plan.config, development)) for plan, again in kept]
-        )
-        self._combination = combine(self.p, self._y, rule)
-        self.cross_fitted = cross_fit(self.p, self._y, self._fold, rule)
+        self.p = np.stack([again.probabilities() for _, again in kept])
+        weights = np.stack([class_weights(plan.config, development) for plan, _ in kept])
+        self._combination = combine(self.p, self._y, weights, rule)
+        self.cross_fitted = cross_fit(self.p, self._y, weights, self._fold, rule)
 
     def used(self) -> Combination:
         """The combination of the members with a weight."""
         whole = self._combination
-        return Combination(whole.weights[whole.weights > 0], whole.calibration, whole.threshold)
+        used = whole.weights > 0
+        of_members = tuple(c for c, weight in zip(whole.of_members, used, strict=True) if weight)
+        return Combination(whole.weights[used], of_members, whole.calibration, whole.threshold)
 
     def chosen(self) -> list[Plan]:
         """The members with a weight."""
@@ -139,6 +142,20 @@ class Ensemble:
     def out_of_fold(self) -> list[OutOfFold]:
         """The cross-fitted predictions."""
         return self.blocks("ensemble", np.concatenate([p for p, _ in self.cross_fitted]))
+
+    def alone(self, model: str, plan: Plan, again: Refit) -> tuple[Combination, list[OutOfFold]]:
+        """A single member, calibrated as it is in the ensemble, and its cross-fitted predictions.
+
+        Args:
+            model: The name of these predictions.
+            plan: Its trial.
+            again: What training it on its folds again gave.
+        """
+        p = again.probabilities()[np.newaxis]
+        weights = class_weights(plan.config, self._development)[np.newaxis]
+        crossed = cross_fit(p, self._y, weights, self._fold)
+        parts = self.blocks(model, np.concatenate([of_fold for of_fold, _ in crossed]))
+        return combine(p, self._y, weights), parts
 
     def blocks(self, model: str, p: Floats) -> list[OutOfFold]:
         """Probabilities [n, C] of all validation rows, cut into folds."""
@@ -155,9 +172,15 @@ class Ensemble:
         return EnsembleFacts(
             members=tuple(
                 Membership(
-                    plan.trial, plan.config.model.family, float(weight), log_loss(p, self._y)
+                    plan.trial,
+                    plan.config.model.family,
+                    float(weight),
+                    calibration,
+                    log_loss(calibration.apply(p), self._y),
                 )
-                for (plan, _), weight, p in zip(self._kept, whole.weights, self.p, strict=True)
+                for (plan, _), weight, calibration, p in zip(
+                    self._kept, whole.weights, whole.of_members, self.p, strict=True
+                )
             ),
             calibration=whole.calibration,
             threshold=whole.threshold,

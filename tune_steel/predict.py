@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tune_steel.architectures import make_network
 from tune_steel.config import TrialConfig
-from tune_steel.ensemble import Calibration, Combination, natural
+from tune_steel.ensemble import Calibration, Combination
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Floats, Schema
 from tune_steel.fit import predict_log_probabilities
@@ -30,7 +30,7 @@ from tune_steel.networks import output_width
 from tune_steel.preprocess import Preprocessing
 from tune_steel.scores import decide
 
-_FORMAT = 5
+_FORMAT = 6
 T = TypeVar("T")
 
 
@@ -41,14 +41,12 @@ class Member:
     Attributes:
         trial: Number of the trial.
         config: Its config.
-        class_weights: Weights [C] of the loss that trained the networks.
         preprocessing: Their feature transforms, [R] replicas.
         networks: S stacks of [R] replicas.
     """
 
     trial: int
     config: TrialConfig
-    class_weights: Floats
     preprocessing: Preprocessing
     networks: tuple[torch.nn.Module, ...]
 
@@ -62,10 +60,9 @@ class Member:
         p: Floats = np.exp(np.concatenate(self.log_probabilities(features)))
         return p
 
-    def natural(self, features: Features) -> Floats:
-        """Probabilities at natural frequencies, mean of each stack [S, n, C]."""
-        p = natural(self.log_probabilities(features), self.class_weights)
-        mean: Floats = p.mean(axis=1)
+    def stacks(self, features: Features) -> Floats:
+        """Probabilities as the networks give them, mean of each stack [S, n, C]."""
+        mean: Floats = np.exp(self.log_probabilities(features)).mean(axis=1)
         return mean
 
 
@@ -106,7 +103,7 @@ class FittedModel:
     def probabilities(self, features: Features) -> Floats:
         """Probabilities [n, C] of encoded rows."""
         return self.combination.apply(
-            [member.natural(features).mean(axis=0) for member in self.members]
+            [member.stacks(features).mean(axis=0) for member in self.members]
         )
 
 
@@ -155,12 +152,17 @@ def save_model(model: FittedModel, folder: Path) -> None:
             {
                 "trial": member.trial,
                 "weight": float(weight),
-                "class_weights": member.class_weights.tolist(),
+                "calibration": asdict(calibration),
                 "scaling": member.preprocessing.scaling,
                 "stacks": len(member.networks),
                 "config": member.config.as_dict(),
             }
-            for member, weight in zip(model.members, model.combination.weights, strict=True)
+            for member, weight, calibration in zip(
+                model.members,
+                model.combination.weights,
+                model.combination.of_members,
+                strict=True,
+            )
         ],
     }
     text = json.dumps(description, indent=1) + "\n"
@@ -206,10 +208,10 @@ def load_model(folder: Path) -> FittedModel:
             rebuild(config, preprocessing, len(classes), _below(f"{m}.{s}.", weights))
             for s in range(entry["stacks"])
         )
-        class_weights = np.array(entry["class_weights"])
-        members.append(Member(entry["trial"], config, class_weights, preprocessing, networks))
+        members.append(Member(entry["trial"], config, preprocessing, networks))
     combination = Combination(
         np.array([entry["weight"] for entry in description["members"]]),
+        tuple(_calibration(**entry["calibration"]) for entry in description["members"]),
         _calibration(**description["calibration"]),
         description["threshold"],
     )

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from tune_steel.config import TrialConfig
-from tune_steel.ensemble import natural
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.features import Floats, Ints
 from tune_steel.fit import Fit, prepare_process
 from tune_steel.limits import limit_memory, watched
-from tune_steel.loss import class_weights
 from tune_steel.networks import log_probabilities
 from tune_steel.predict import Member, rebuild
 from tune_steel.preprocess import Preprocessing
@@ -109,13 +107,9 @@ class Refit:
     out_of_fold: Floats
     val_loss: float
 
-    def natural(self, weights: Floats) -> Floats:
-        """Out-of-fold probabilities at natural frequencies, mean of the seeds [n, C].
-
-        Args:
-            weights: Class weights [C] of the training loss.
-        """
-        mean: Floats = natural(self.out_of_fold, weights).mean(axis=0)
+    def probabilities(self) -> Floats:
+        """Out-of-fold probabilities as the networks give them, mean of the seeds [n, C]."""
+        mean: Floats = np.exp(self.out_of_fold).mean(axis=0)
         return mean
 
 
@@ -209,7 +203,6 @@ def member(plan: Plan, networks: Networks, development: Development) -> Member:
     return Member(
         plan.trial,
         plan.config,
-        class_weights(plan.config, development),
         networks.preprocessing,
         tuple(
             rebuild(plan.config, networks.preprocessing, len(development.classes), state)

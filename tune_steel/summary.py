@@ -90,11 +90,11 @@ def evaluation_summary(
         "columns say nothing. Validation losses chose the trials, so they flatter them; the test "
         "rows chose nothing. "
         + (
-            "The ensemble's validation scores are cross-fitted: its weights and calibration were "
-            "chosen on the other folds. "
+            "The validation scores of the ensemble and of bagged are cross-fitted: weights and "
+            "calibrations were chosen on the other folds. "
             if evaluation.ensemble.cross_fitted
-            else "The ensemble's weights and calibration were fitted to the validation rows "
-            "themselves, which flatters its validation scores further. "
+            else "The weights and calibrations of the ensemble and of bagged were fitted to the "
+            "validation rows themselves, which flatters their validation scores further. "
         )
         + "`loss` favours models trained with class weights, `log_loss` models that know the "
         "classes' frequencies, as the ensemble, bagged and boosting do."
