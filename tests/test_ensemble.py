@@ -14,8 +14,8 @@ from tune_steel.ensemble import (
     combine,
     cross_fit,
     log_loss,
-    natural,
     select,
+    unweight,
 )
 from tune_steel.loss import TrainingLoss, class_weights
 from tune_steel.scores import decide, score
@@ -41,7 +41,7 @@ def members(
         ({"class_weights": {"0": 0.5, "1": 1.0, "2": 6.0}}, (60, 30, 10)),
     ],
 )
-def test_what_the_training_loss_is_lowest_at_is_corrected_to_the_natural_frequencies(
+def test_what_the_training_loss_is_lowest_at_is_calibrated_to_the_natural_frequencies(
     loss: dict[str, object], counts: tuple[int, ...]
 ) -> None:
     config = TrialConfig.model_validate(
@@ -69,8 +69,9 @@ def test_what_the_training_loss_is_lowest_at_is_corrected_to_the_natural_frequen
     p = torch.cat([-logits, logits]).sigmoid() if classes == 2 else logits.softmax(-1)
     frequencies = np.array(counts) / total
     assert not np.allclose(p.numpy(), frequencies, atol=0.05)
-    corrected = natural(p.log().numpy(), class_weights(config, development))
-    np.testing.assert_allclose(corrected, frequencies, rtol=1e-6)
+    rows = np.broadcast_to(p.numpy(), (total, classes))
+    found = unweight(rows, development.y, class_weights(config, development))
+    np.testing.assert_allclose(found.apply(rows)[0], frequencies, rtol=1e-3)
 
 
 def plain_selection(p: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -99,7 +100,8 @@ def test_the_selection_is_the_plain_loop(seed: int) -> None:
     assert weights.sum() == pytest.approx(1)
     assert (weights > 0).sum() > 1
     best = min(log_loss(one, y) for one in p)
-    assert log_loss(Combination(weights).apply(p), y) < best
+    average = Combination(weights, (Calibration(),) * len(p)).apply(p)
+    assert log_loss(average, y) < best
 
 
 def test_equal_members_are_one_member_and_a_worse_one_is_left_out() -> None:
@@ -133,6 +135,25 @@ def test_rare_classes_get_back_the_share_that_was_taken_from_them(shift: float) 
     assert found.bias == pytest.approx(tuple(-shift * np.log(seen)), abs=0.1)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0, 1.4])
+def test_so_much_of_the_class_weights_is_undone_as_a_member_took_up(share: float) -> None:
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=(40_000, 3))
+    y = (softmax(scores, axis=1).cumsum(axis=1) < rng.random((len(scores), 1))).sum(axis=1)
+    weights = np.array([1.0, 3.0, 8.0])
+    p = softmax((scores + share * np.log(weights)) / 1.5, axis=1)
+    found = unweight(p, y, weights)
+    assert found.temperature == pytest.approx(1 / 1.5, abs=0.03)
+    assert found.bias == pytest.approx(tuple(-share * np.log(weights)), abs=0.1)
+
+
+def test_a_member_without_class_weights_gets_no_bias() -> None:
+    p, y = members(0)
+    found = unweight(p[0], y, np.ones(3))
+    assert found.bias == (0, 0, 0)
+    assert found.temperature != 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_other_temperature_and_shift_is_better(seed: int) -> None:
     p, y = members(seed)
@@ -156,9 +177,27 @@ def test_a_calibration_that_lowers_nothing_is_none_and_changes_no_bit() -> None:
     assert np.array_equal(Calibration().apply(p[0]), p[0])
 
 
+def test_a_good_member_that_is_only_unsure_or_was_weighted_is_not_passed_over() -> None:
+    p, y = members(0)
+    best = np.argsort([log_loss(one, y) for one in p])[:2]
+    weights = np.ones((len(p), 3))
+    weights[best[1]] = (1, 4, 20)
+    p[best[0]] = softmax(np.log(p[best[0]]) / 5, axis=1)
+    p[best[1]] = softmax(np.log(p[best[1]]) + np.log(weights[best[1]]), axis=1)
+    fitted = combine(p, y, weights)
+    assert (fitted.weights[best] > select(p, y)[best]).all()
+    plain = np.zeros_like(p[0])
+    for m, one in enumerate(p):
+        own = unweight(one, y, weights[m])
+        logits = np.log(one) / own.temperature + (own.bias or 0)
+        plain += fitted.weights[m] * softmax(logits, axis=1)
+    after = calibrate(plain, y)
+    np.testing.assert_allclose(fitted.apply(p), after.apply(plain))
+
+
 def test_a_certain_and_wrong_member_costs_a_finite_loss() -> None:
     p = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.4], [0.4, 0.6]]])
-    fitted = combine(p, np.array([1, 1]))
+    fitted = combine(p, np.array([1, 1]), np.ones((2, 2)))
     assert fitted.weights.tolist() == [0, 1]
     assert np.isfinite(fitted.apply(p)).all()
 
@@ -192,17 +231,17 @@ def test_a_half_stays_where_nothing_is_better() -> None:
 
 def test_a_folds_cross_fitted_predictions_do_not_know_its_own_labels() -> None:
     p, y = members(2, classes=2)
-    fold = np.arange(len(y)) % 4
-    before = cross_fit(p, y, fold, "f1")
+    fold, weights = np.arange(len(y)) % 4, np.tile([1.0, 2.0], (len(p), 1))
+    before = cross_fit(p, y, weights, fold, "f1")
     changed = np.where(fold == 1, 1 - y, y)
-    after = cross_fit(p, changed, fold, "f1")
+    after = cross_fit(p, changed, weights, fold, "f1")
     assert np.array_equal(before[1][0], after[1][0])
     assert before[1][1] == after[1][1]
     assert not np.array_equal(before[0][0], after[0][0])
     others = fold != 1
-    by_hand = combine(p[:, others], y[others], "f1")
+    by_hand = combine(p[:, others], y[others], weights, "f1")
     assert np.array_equal(before[1][0], by_hand.apply(p[:, fold == 1]))
-    fitted = combine(p, y).apply(p)
+    fitted = combine(p, y, weights).apply(p)
     crossed = np.empty_like(fitted)
     for held, (part, _) in enumerate(before):
         crossed[fold == held] = part
@@ -211,6 +250,7 @@ def test_a_folds_cross_fitted_predictions_do_not_know_its_own_labels() -> None:
 
 def test_a_single_split_has_nothing_to_cross_fit() -> None:
     p, y = members(3)
-    ((only, threshold),) = cross_fit(p, y, np.zeros(len(y), dtype=np.int64))
-    assert np.array_equal(only, combine(p, y).apply(p))
+    weights = np.ones((len(p), 3))
+    ((only, threshold),) = cross_fit(p, y, weights, np.zeros(len(y), dtype=np.int64))
+    assert np.array_equal(only, combine(p, y, weights).apply(p))
     assert threshold is None

@@ -11,11 +11,19 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from trials import Rows, trial
 
 from tune_steel.boosting import Boosting
-from tune_steel.ensemble import ThresholdRule
+from tune_steel.ensemble import ThresholdRule, combine, cross_fit
 from tune_steel.errors import NonFiniteLossError
 from tune_steel.evaluate import Evaluation, evaluate
 from tune_steel.finalists import Finalists, train_finalists
-from tune_steel.refit import SEEDS, SEEDS_A_MEMBER, Plan, refit, retrain
+from tune_steel.refit import (
+    SEEDS,
+    SEEDS_A_MEMBER,
+    Plan,
+    member,
+    refit,
+    retrain,
+    validation_rows,
+)
 from tune_steel.scores import decide, score
 from tune_steel.seeds import derive
 from tune_steel.space import Space
@@ -122,6 +130,27 @@ def test_the_ensemble_stands_first_and_every_rival_has_figures_of_its_own(
         ]
         (scored,) = (one for one in done.models if one.name == model)
         assert np.mean(losses) == pytest.approx(scored.validation["loss"], rel=1e-9)
+
+
+def test_the_best_trials_fold_models_are_calibrated_as_a_member_is(
+    decaying_space: Space, steel_rows: Rows
+) -> None:
+    development, sealed = steel_rows
+    features, _ = replace(sealed).open()
+    best = trial(decaying_space, development, number=4, **{"loss.pos_weight": 3.0})
+    done = run([best], None, steel_rows)
+    plan = Plan.of(best)
+    *_, again = refit(plan, development, "cpu")
+    assert again is not None
+    positions, fold = validation_rows(development)
+    given = (again.probabilities()[np.newaxis], development.y[positions], np.array([[1.0, 3.0]]))
+    parts = [part for part in done.out_of_fold if part.model == "bagged"]
+    for part, (p, _) in zip(parts, cross_fit(*given, fold), strict=True):
+        assert np.array_equal(part.probabilities, p)
+    alone = combine(*given)
+    assert alone.of_members[0].bias != (0, 0)
+    stacks = member(plan, again.networks, development).stacks(features)
+    assert np.array_equal(done.models[1].probabilities, [alone.apply([p]) for p in stacks])
 
 
 def test_a_chosen_threshold_decides_the_ensembles_scores_and_no_other(

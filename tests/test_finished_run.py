@@ -243,11 +243,12 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
     assert sum(member["weight"] for member in told) == pytest.approx(1)
     stored = {member.trial: member for member in load_model(run / "model").members}
     assert set(stored) == {member["trial"] for member in told if member["weight"] > 0}
-    refits = []
+    refits, weights = [], []
     for plan in plans:
         *_, again = refit(plan, problem.development, "cpu")
         assert again is not None
-        refits.append(again.natural(class_weights(plan.config, problem.development)))
+        refits.append(again.probabilities())
+        weights.append(class_weights(plan.config, problem.development))
         if plan.trial in stored:
             *_, whole = retrain(plan, problem.development, "cpu", seed=options.seed)
             assert whole is not None
@@ -255,11 +256,17 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
             for name, tensor in network.state_dict().items():
                 assert torch.equal(tensor, whole.states[0][name]), name
     positions, _ = validation_rows(problem.development)
-    fitted = combine(np.stack(refits), problem.development.y[positions])
+    y = problem.development.y[positions]
+    fitted = combine(np.stack(refits), y, np.stack(weights))
     assert fitted.weights.tolist() == [member["weight"] for member in told]
-    calibration = record["ensemble"]["calibration"]
-    assert fitted.calibration.temperature == calibration["temperature"]
-    assert list(fitted.calibration.bias or ()) == (calibration["bias"] or [])
+    of_members = [member["calibration"] for member in told]
+    for found, said in zip(
+        (*fitted.of_members, fitted.calibration),
+        (*of_members, record["ensemble"]["calibration"]),
+        strict=True,
+    ):
+        assert found.temperature == said["temperature"]
+        assert list(found.bias or ()) == (said["bias"] or [])
 
 
 def test_the_stand_in_is_said_in_every_output(finished: tuple[Path, str, str]) -> None:

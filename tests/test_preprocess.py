@@ -15,7 +15,6 @@ from tune_steel.ensemble import Calibration, Combination
 from tune_steel.errors import DataError
 from tune_steel.features import Features, Schema, learn_schema
 from tune_steel.fit import Fit
-from tune_steel.loss import class_weights
 from tune_steel.predict import FittedModel, Member, load_model, save_model
 from tune_steel.preprocess import Preprocessing, _column_quantiles, fit_preprocessing
 from tune_steel.splits import freeze, prepare
@@ -401,11 +400,11 @@ def fitted_model(scaling, classes, model=PERCEPTRON):
         for fit in fits:
             fit.train_epoch(0.01)
         networks = tuple(fit.network for fit in fits)
-        weights = class_weights(config, development)
-        members.append(Member(trial, config, weights, fits[0].preprocessing, networks))
+        members.append(Member(trial, config, fits[0].preprocessing, networks))
+    of_members = (Calibration(0.8, tuple(-0.1 * c for c in range(classes))), Calibration())
     calibration = Calibration(1.25, (-0.02, 0.01) if classes == 2 else None)
     threshold = 0.38 if classes == 2 else None
-    combination = Combination(np.array([0.75, 0.25]), calibration, threshold)
+    combination = Combination(np.array([0.75, 0.25]), of_members, calibration, threshold)
     return FittedModel(development.classes, tuple(members), combination, "file")
 
 
@@ -431,6 +430,7 @@ def test_a_stored_model_gives_the_probabilities_of_the_one_that_was_stored(
     assert loaded.classes == model.classes
     assert loaded.data_source == model.data_source
     assert loaded.combination.threshold == model.combination.threshold
+    assert loaded.combination.of_members == model.combination.of_members
     for one, other in zip(loaded.members, model.members, strict=True):
         assert one.config == other.config
         assert one.preprocessing.schema == other.preprocessing.schema
@@ -441,10 +441,12 @@ def test_the_probabilities_of_a_model_are_the_tempered_mean_of_its_corrected_mem
     frame = own_frame(3)
     features = model.members[0].preprocessing.schema.encode(frame)
     mean = 0
-    for member, weight in zip(model.members, (0.75, 0.25), strict=True):
-        p = np.exp(member.log_probabilities(features)) / member.class_weights
+    corrections = ((0.75, 1 / 0.8, np.exp([0, -0.1, -0.2])), (0.25, 1, 1))
+    for member, (weight, power, factor) in zip(model.members, corrections, strict=True):
+        p = np.exp(member.log_probabilities(features))
         assert p.shape == (2, 2, 150, 3)
-        mean = mean + weight * (p / p.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
+        p = p.mean(axis=(0, 1)) ** power * factor
+        mean = mean + weight * p / p.sum(axis=-1, keepdims=True)
     tempered = mean ** (1 / 1.25)
     tempered /= tempered.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(model.predict_proba(frame), tempered)
@@ -480,7 +482,7 @@ def test_a_stored_model_holds_no_pickle(tmp_path):
         header = json.loads(content[8 : 8 + length])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
         assert 8 + length + max(ends) == len(content)
-    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 5
+    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["format"] == 6
 
 
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
@@ -502,8 +504,8 @@ def test_a_model_with_a_file_that_was_cut_off_is_an_error_that_names_the_folder(
 def test_a_model_of_another_format_is_an_error_that_names_both(tmp_path):
     save_model(fitted_model("standard", 2), tmp_path)
     path = tmp_path / "model.json"
-    path.write_text(path.read_text().replace('"format": 5', '"format": 9'))
-    with pytest.raises(DataError, match="model format 9, known is 5"):
+    path.write_text(path.read_text().replace('"format": 6', '"format": 9'))
+    with pytest.raises(DataError, match="model format 9, known is 6"):
         load_model(tmp_path)
 
 

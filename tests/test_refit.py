@@ -118,10 +118,9 @@ def test_out_of_fold_predictions_are_those_of_the_models_that_did_not_see_the_ro
     p = fitted.log_probabilities(development.features.take(positions))  # [S, k, n, C]
     own = p[:, fold, np.arange(len(positions))]
     np.testing.assert_allclose(own, found.out_of_fold, atol=1e-5)
-    np.testing.assert_allclose(fitted.class_weights, [1, 3])
-    mean = found.natural(fitted.class_weights)
-    odds = np.exp(found.out_of_fold[..., 1] - found.out_of_fold[..., 0]) / 3
-    np.testing.assert_allclose(mean[:, 1], (odds / (1 + odds)).mean(axis=0))
+    mean = found.probabilities()
+    np.testing.assert_allclose(mean, np.exp(found.out_of_fold).mean(axis=0))
+    np.testing.assert_allclose(mean.sum(axis=1), 1)
 
 
 def test_networks_on_all_rows_repeat_the_trials_learning_rates_up_to_its_best_epoch(
