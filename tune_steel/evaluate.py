@@ -55,8 +55,9 @@ class Evaluation:
         rows: Their indices in the original table [n].
         confusion: Of the ensemble, [true class, predicted class].
         confusion_interval: 95 % bootstrap interval of each of its cells, low and high.
-        out_of_fold: For each model and fold. The ensemble's are the cross-fitted ones, which its
-            validation scores are of; those of `tuned` are of the search's own fold models.
+        out_of_fold: For each model and fold. Those of the ensemble and of `bagged` are the
+            cross-fitted ones, which their validation scores are of; those of `tuned` are of the
+            search's own fold models.
         reproduction_gap: Difference between the validation loss that the search recorded and the
             one of training the best trial on its folds again; 0 on the same machine, None if
             that failed.

@@ -118,9 +118,10 @@ def predictions_schema(classes: int) -> pa.Schema:
             _field(
                 "split",
                 pa.string(),
-                "test, or out-of-fold: by the models of the other folds. The ensemble's are "
-                "cross-fitted (weights and calibration are those of the other folds too, unless "
-                "there is only one), those of tuned are the search's own at the best epoch.",
+                "test, or out-of-fold: by the models of the other folds. Those of the ensemble "
+                "and of bagged are cross-fitted (weights and calibrations are those of the other "
+                "folds too, unless there is only one), those of tuned are the search's own at the "
+                "best epoch.",
             ),
             _field("seed", pa.int32(), "Number of the seed; null is the mean of the seeds."),
             _field("fold", pa.int32(), "Fold whose model predicts; null for test rows."),
