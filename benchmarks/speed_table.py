@@ -114,6 +114,12 @@ def _in_time(rows: pd.DataFrame) -> Iterator[str]:
             cells.append(f"{np.median(known):.4f}" if len(known) == len(found) else "-")
         yield row(TITLES[method], *cells)
     yield ""
+    last = most * _SHARES[-1]
+    for late in done[done["seconds"] > last].itertuples():
+        yield (
+            f"- {TITLES[str(late.method)]}, given {late.given_s:.0f} s, ended after "
+            f"{late.seconds:.0f} s with {late.log_loss:.4f}"
+        )
     for missing in rows[rows["note"].notna()].itertuples():
         yield f"- {TITLES[str(missing.method)]}, given {missing.given_s:.0f} s: {missing.note}"
 
