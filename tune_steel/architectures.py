@@ -29,6 +29,7 @@ from tune_steel.networks import (
 )
 
 _MOST_NEIGHBOURS = 8192
+_LEAST_OF_A_CLASS = 8
 _MOST_CONTEXT = 2048
 _QUERIES_A_CHUNK = 512
 _LEAST_SHARE = 1e-7
@@ -188,10 +189,10 @@ class StackedNCA(_Embedded):
 
     Rows are mapped to points; a class's probability is the share of training rows of that class,
     each weighted with exp(-distance to the row), and the logits are its logarithm. In training a
-    batch's neighbours are the batch and an eighth of the other rows, those that come next in the
+    batch's neighbours are the batch and other rows, an eighth of all, those that come next in the
     epoch's random order (the paper draws up to 60 % anew for each batch), without the row itself;
     afterwards all training rows, which the network keeps. Of more than 8192 the first ones of a
-    fixed random order stand for all.
+    fixed random order stand for all, but of a rare class its first 8 in any case.
     """
 
     neighbours: Tensor
@@ -225,9 +226,9 @@ class StackedNCA(_Embedded):
         """Keeps the training rows as neighbours."""
         super().learn_from(x, y)
         if x.shape[1] > _MOST_NEIGHBOURS:
-            order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
-            kept = order[:_MOST_NEIGHBOURS].to(x.device)
-            x, y = x[:, kept], y[:, kept]
+            kept = torch.stack([_standing_for_all(classes) for classes in y])
+            replica = torch.arange(len(x), device=x.device).unsqueeze(1)
+            x, y = x[replica, kept], y[replica, kept]
         self.neighbours, self.classes = x.clone(), y.clone()
 
     @torch.no_grad()
@@ -266,6 +267,20 @@ class StackedNCA(_Embedded):
             if prefix + name in state:
                 setattr(self, name, torch.empty_like(state[prefix + name]))
         super()._load_from_state_dict(state, prefix, *rest)
+
+
+def _standing_for_all(classes: Tensor) -> Tensor:
+    """Positions of `_MOST_NEIGHBOURS` rows, the first of each class before the others.
+
+    A class without any would have the least probability everywhere.
+    """
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    order = order.to(classes.device)
+    known = classes[order]
+    numbers = range(int(known.max()) + 1)
+    first = [(known == c).nonzero().flatten()[:_LEAST_OF_A_CLASS] for c in numbers]
+    later = torch.ones_like(known).index_fill_(0, torch.cat(first), 0)
+    return order[later.argsort(stable=True)[:_MOST_NEIGHBOURS]]
 
 
 _FAMILIES: dict[str, Callable[..., Network]] = {

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tune_steel.features import Features, Floats, Ints, Schema
 
 _MOST_QUANTILES = 1000
+_FARTHEST = 1e8  # deviations from the mean
 _TAIL = 1e-7  # scikit-learn's QuantileTransformer clips there: +-5.2 standard deviations
 
 
@@ -139,7 +140,9 @@ def _inverse(scale: Floats, x: Floats) -> Floats:
 
 
 def _standard(x: Floats, state: dict[str, Floats]) -> Floats:
-    return (x - state["center"]) * state["scale"]
+    # A value as far out as no training row, say a 1e20 for a gap: the square of a distance to it
+    # would overflow in single precision, and no network has learnt anything there.
+    return np.clip((x - state["center"]) * state["scale"], -_FARTHEST, _FARTHEST)
 
 
 def _robust(x: Floats, state: dict[str, Floats]) -> Floats:
