@@ -1,6 +1,7 @@
 """Training a trial again gives what the search had, and more seeds of it."""
 
 import pickle
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -142,6 +143,23 @@ def test_networks_on_all_rows_repeat_the_trials_learning_rates_up_to_its_best_ep
     assert len(found.preprocessing.median) == SEEDS
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, by_hand.network.state_dict()[name]), name
+
+
+def test_one_seed_is_gone_before_the_next_is_trained(
+    decaying_space: Space, steel_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Fit]] = []
+
+    class Counted(Fit):
+        def __init__(self, *given: Any) -> None:
+            assert not [fit for fit in made if fit() is not None]
+            made.append(weakref.ref(self))
+            super().__init__(*given)
+
+    plan = Plan.of(trial(decaying_space, steel_rows[0], **{"optimizer.lr": 0.1}))
+    monkeypatch.setattr("tune_steel.refit.Fit", Counted)
+    again(plan, steel_rows)
+    assert len(made) == SEEDS_A_MEMBER > 1
 
 
 def test_a_loss_that_is_not_finite_ends_it(decaying_space: Space, steel_rows: Rows) -> None:

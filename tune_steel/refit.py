@@ -139,7 +139,9 @@ def refit(plan: Plan, development: Development, device: str) -> Iterator[Refit |
             raise NonFiniteLossError(f"trial {plan.trial} again: the loss is not finite")
         states.append(_state(fit))
         out_of_fold.append(torch.cat(log_p).numpy())
-    yield Refit(Networks(fit.preprocessing, tuple(states)), np.stack(out_of_fold), losses[0])
+        preprocessing = fit.preprocessing  # of the folds, whatever the seed
+        del fit  # two at once would need more memory than the trial did
+    yield Refit(Networks(preprocessing, tuple(states)), np.stack(out_of_fold), losses[0])
 
 
 def retrain(
