@@ -150,6 +150,19 @@ def test_a_full_disk_raises_at_the_end_of_a_block_and_keeps_no_lock(path: Path) 
     assert not path.with_name("study.journal.lock").is_symlink()
 
 
+def test_nothing_follows_a_line_that_may_have_been_cut(path: Path) -> None:
+    journal = Journal(path)
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        journal.append_logs([{"op_code": 1}])
+    path.unlink()
+    path.write_text('{"op_co')  # there is room again
+    with pytest.raises(OSError, match="No space left"):
+        journal.append_logs([{"op_code": 2}])
+    assert path.read_text() == '{"op_co'
+
+
 def test_it_can_be_cut_off_anywhere_and_every_trial_ends_once(
     path: Path, space: Space, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ class Journal(BaseJournalBackend):
         self._pending: list[bytes] | None = None  # the lines of a block that is not yet written
         self._before = 0  # lines in the file when it began
         self._place = 0, 0  # some number of lines, and how many bytes they are
+        self._failed: OSError | None = None
         path.open("ab").close()
 
     def __reduce__(self) -> tuple[type[Journal], tuple[Path]]:
@@ -129,11 +130,18 @@ class Journal(BaseJournalBackend):
             return number + sum(line.endswith(b"\n") for line in file)
 
     def _write(self, lines: list[bytes], *, durable: bool) -> None:
-        with self._path.open("ab") as file:
-            file.write(b"".join(lines))
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+        # The last line may have been cut, and nothing may follow it, whichever thread comes next.
+        if self._failed is not None:
+            raise self._failed
+        try:
+            with self._path.open("ab") as file:
+                file.write(b"".join(lines))
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            self._failed = error
+            raise
 
 
 class Storage(JournalStorage):
