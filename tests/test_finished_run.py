@@ -272,6 +272,7 @@ def test_the_members_that_ray_trained_are_those_of_this_process_bit_for_bit(
 def test_the_stand_in_is_said_in_every_output(finished: tuple[Path, str, str]) -> None:
     run, _, printed = finished
     assert "STAND-IN" in printed
+    assert (run / "report.txt").read_text().startswith("STAND-IN data: ")
     for name in ("trials", "epochs", "predictions", "scores"):
         assert set(read(run, name)["data_source"]) == {"stand-in"}
     assert json.loads((run / "run.json").read_text())["data_source"] == "stand-in"

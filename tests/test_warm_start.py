@@ -23,7 +23,7 @@ from tune_steel.errors import RunError, TuneSteelError
 from tune_steel.job import _open
 from tune_steel.options import Options, Resources
 from tune_steel.problem import Problem, load, resolve
-from tune_steel.run_folder import RunFolder, make_folder, read_record
+from tune_steel.run_folder import RunFolder, differences, make_folder, read_record
 from tune_steel.samplers import SearchName, make_sampler
 from tune_steel.search import main
 from tune_steel.searcher import StudySearcher
@@ -350,6 +350,21 @@ def test_a_run_that_itself_began_with_earlier_trials_hands_on_its_own_only(
     now = begun(middle.folder.path)
     assert {t.user_attrs["earlier_run"] for t in now.beginning.trials} == {middle.folder.path.name}
     assert len(now.beginning.trials) == 4
+    assert f"it began with {earlier}; where those were tested on other rows" in now.notes
+    assert f"it began with {earlier}" not in middle.notes
+
+
+def test_that_an_earlier_run_has_looked_at_the_test_rows_is_said(
+    begun: Begin, earlier: Path, tmp_path: Path
+) -> None:
+    said = "it has looked at this run's test rows"
+    assert said not in begun(earlier).notes
+    looked = tmp_path / "looked"
+    shutil.copytree(earlier, looked)
+    record = json.loads((looked / "run.json").read_text())
+    (looked / "run.json").write_text(json.dumps({**record, "looks_at_test": 1}))
+    assert said in begun(looked).notes
+    assert said not in begun(looked, seed=1).notes  # it has other test rows
 
 
 @pytest.mark.parametrize(
@@ -385,6 +400,13 @@ def test_a_record_that_lacks_what_is_compared_is_damaged(
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match=f"it is damaged \\('{key}'\\)"):
         read_record(tmp_path)
+
+
+def test_a_table_of_ones_own_may_have_another_name(earlier: Path) -> None:
+    record = read_record(earlier)
+    own = {**record, "options": {**record["options"], "task": None}}
+    assert differences({**own, "task": "plates"}, own) == {}
+    assert list(differences({**record, "task": "plates"}, record)) == ["task"]
 
 
 def test_what_a_space_tries_first_makes_it_no_other_space(
@@ -525,6 +547,7 @@ def test_what_is_no_earlier_run_is_one_line(
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     assert neither in message(tmp_path / "other.parquet")
     assert neither in message(earlier / "run.json")
+    assert "File name too long" in message(tmp_path / ("x" * 300))
     (tmp_path / "empty").mkdir()
     assert "this is no folder of a run" in message(tmp_path / "empty")
     run = tmp_path / "run"
@@ -701,6 +724,10 @@ def test_a_search_tries_what_it_was_given_and_its_tables_hold_its_own_trials_onl
     assert code == 0, err
     assert "trials inform the sampler" in err
     run = only_run(tmp_path)
+    report = " ".join((run / "report.txt").read_text().split())
+    for note in read_record(run)["notes"]:
+        assert " ".join(note.split()) in report
+    assert "trials inform the sampler" in report
     trials = read(run, "trials").set_index("slot").sort_index()
     assert trials.index.tolist() == list(range(9))
     assert set(trials["state"]) <= set(SCORED)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # The driver imports Ray Tune while Ray starts, and torch when the search has ended.
 
+STAND_IN = "STAND-IN data: these scores say nothing about real steel plates"
 _EXIT_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -184,7 +185,8 @@ def _open(
             "its place"
         )
     first = beginning(options, problem.space, folder.record)
-    for note in (*problem.notes, *first.notes):
+    folder.record["notes"] = [*problem.notes, *first.notes]
+    for note in folder.record["notes"]:
         say(note)
     os.truncate(folder.journal, 0)  # a process may have been killed while it did this
     study = open_study(folder.journal, folder.record["run"])
@@ -337,6 +339,8 @@ def _finish(
         state="finished" if signal is None else "cut short",
     )
     report = (
+        *([STAND_IN] if problem.table.source == "stand-in" else []),
+        *folder.record["notes"],
         search_summary(records, best),
         *insight_lines(insight),
         *evaluation_summary(evaluation, problem.task.classes),
@@ -391,4 +395,4 @@ def _announce(
 def warn_of_stand_in(problem: Problem) -> None:
     """Says so where the rows are made up."""
     if problem.table.source == "stand-in":
-        say("STAND-IN data: these scores say nothing about real steel plates")
+        say(STAND_IN)

@@ -117,9 +117,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         now: That of the other.
     """
     out: dict[str, str] = {}
-    for topic, key in (("task", "task"), ("classes", "classes"), ("features", "features")):
-        if before[key] != now[key]:
-            out[topic] = f"its {topic} is {before[key]}, here it is {now[key]}"
+    for topic in ("task", "classes", "features"):
+        # A table of one's own has the name of its file, which may be another one by now.
+        own = before["options"]["task"] is None and now["options"]["task"] is None
+        if before[topic] != now[topic] and not (topic == "task" and own):
+            out[topic] = f"its {topic} is {before[topic]}, here it is {now[topic]}"
     hashes = [record["data"]["content_hash"] for record in (before, now)]
     if hashes[0] != hashes[1]:
         out["data"] = f"its table has the hash {hashes[0][:12]}, this one has {hashes[1][:12]}"
@@ -181,7 +183,7 @@ class RunFolder:
         self._columns = {
             # The study has this name; the folder may have been renamed since.
             "run": path.name if before is None else before["run"],
-            "task": problem.task.name,
+            "task": problem.task.name if before is None else before["task"],
             "data_source": problem.table.source,
         }
         splits, task = problem.splits, problem.task
@@ -198,6 +200,7 @@ class RunFolder:
                 "content_hash": problem.table.content_hash,
             },
             "classes": list(task.classes),
+            "notes": [],
             "reference_weights": problem.development.reference_weights.tolist(),
             "features": {
                 "numeric": list(problem.development.schema.numeric),

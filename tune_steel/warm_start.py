@@ -48,7 +48,7 @@ def check_beginning(options: Options, space: Space) -> None:
     """
     _first_configs(options, space)
     for path in options.warm_start:
-        if path.is_dir():
+        if _is_folder(path):
             read_record(path)
         else:
             _of_a_table(path)
@@ -67,7 +67,7 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
     """
     out = Beginning(_first_configs(options, space))
     for path in options.warm_start:
-        if path.is_dir():
+        if _is_folder(path):
             _of_a_run(path, space, record, out)
         else:
             _best_first(_of_a_table(path), path, space, out)
@@ -78,6 +78,13 @@ def beginning(options: Options, space: Space, record: Mapping[str, Any]) -> Begi
             )
     out.configs = [p for i, p in enumerate(out.configs) if p not in out.configs[:i]]
     return out
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a forbidden parent, say; what is merely missing raises nothing
+        raise OptionError(f"--warm-start {path}: it cannot be read ({error.strerror})") from None
 
 
 def _first_configs(options: Options, space: Space) -> list[Params]:
@@ -170,6 +177,17 @@ def _of_a_run(path: Path, space: Space, record: Mapping[str, Any], out: Beginnin
         out.notes.append(
             f"--warm-start {path}: it searched on some of this run's test rows, which flatters "
             "the test scores; use the same --seed and --split for clean ones"
+        )
+    before = earlier["options"]["warm_start"]
+    if before:
+        out.notes.append(
+            f"--warm-start {path}: it began with {', '.join(before)}; where those were tested on "
+            "other rows than this run, they flatter its test scores"
+        )
+    if not searched_on and "data" not in changed and earlier.get("looks_at_test"):
+        out.notes.append(
+            f"--warm-start {path}: it has looked at this run's test rows; whoever searches on "
+            "because of what it showed has chosen by a test score"
         )
 
 
