@@ -196,6 +196,7 @@ def test_parquet_types_beyond_numbers_and_strings_become_those(tmp_path):
             "maybe": [True, None],
             "flag": [True, False],
             "day": pd.to_datetime(["2020-01-01", None]),
+            "span": pd.to_timedelta([1, None], unit="D"),
             "kind": pd.Categorical(["u", "v"]),
             "nothing": [None, None],
         },
@@ -213,6 +214,7 @@ def test_parquet_types_beyond_numbers_and_strings_become_those(tmp_path):
     assert got["maybe"][0] == "True"
     assert got["maybe"].isna().tolist() == got["day"].isna().tolist() == [False, True]
     assert got["day"].dtype.kind == "M"
+    assert got["span"].dtype.kind == "m"
     assert got["kind"].dtype == "category"
 
 
@@ -223,6 +225,7 @@ def test_parquet_types_beyond_numbers_and_strings_become_those(tmp_path):
         ("t.csv", b"", "cannot be read as csv"),
         ("t.csv", b"a,b\n", "no rows"),
         ("t.csv", b"a,b,a\n1,2,3\n", "more than one column is called a"),
+        ("t.csv", b"a,a,,\n1,2,3,4\n", "more than one column is called a, nan"),
         ("t.csv", b"a,b\n1,2,3\n4,5,6\n", "Expected 2 fields in line 2, saw 3"),
         ("t.csv", b"a,b\n1,\xff\n", "cannot be read as csv"),
         ("t.parquet", b"PAR1 not really", "cannot be read as parquet"),

@@ -359,10 +359,11 @@ def test_categories_are_known_again_where_a_gap_made_floats_of_them_and_what_is_
     schema, _ = learn_schema(pd.DataFrame({"c": ["1", "2", "1", "3"]}), ["c"])
     as_floats = pd.DataFrame({"c": [2.0, np.nan, 1.0]})
     assert schema.encode(as_floats).codes[:, 0].tolist() == [1, -1, 0]
-    with pytest.warns(
-        UserWarning, match=r"column c: no value of it \(a, b\) was there in training"
-    ):
-        assert (schema.encode(pd.DataFrame({"c": ["b", "a", None]})).codes == -1).all()
+    foreign = pd.DataFrame({"c": ["b", "a", None]})
+    assert (schema.encode(foreign).codes == -1).all()
+    (line,) = schema.foreign(foreign)
+    assert line.startswith("column c: no value of it (a, b) is a known one (")
+    assert not list(schema.foreign(as_floats))
 
 
 def own_frame(classes):
@@ -422,7 +423,7 @@ def test_a_stored_model_gives_the_probabilities_of_the_one_that_was_stored(
     expected = model.predict_proba(frame)
     save_model(model, tmp_path / "run" / "model")
     torch.manual_seed(77)
-    loaded = load_model(tmp_path / "run" / "model")
+    loaded = load_model(str(tmp_path / "run" / "model"))  # a path as text will do
     assert np.array_equal(loaded.predict_proba(frame), expected)
     assert expected.shape == (150, classes)
     np.testing.assert_allclose(expected.sum(axis=1), 1)
@@ -459,6 +460,24 @@ def test_a_model_predicts_class_names_by_its_threshold():
     above = model.predict_proba(frame)[:, 1] > 0.38
     assert (above != (model.predict_proba(frame)[:, 1] > 0.5)).any()
     assert model.predict(frame).tolist() == np.where(above, *model.classes[::-1]).tolist()
+
+
+@pytest.mark.parametrize("architecture", [PERCEPTRON, *LEARNING])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_value_that_is_far_out_gives_probabilities_all_the_same(scaling, architecture):
+    frame = own_frame(2)
+    for value in (1e20, -1e29):
+        frame.loc[0, "size"] = value
+        p = fitted_model(scaling, 2, architecture).predict_proba(frame)
+        assert np.isfinite(p).all()
+        np.testing.assert_allclose(p.sum(axis=1), 1)
+
+
+def test_strange_categories_are_said_when_new_rows_are_scored():
+    model = fitted_model("standard", 2)
+    frame = own_frame(2).assign(shade="blue")
+    with pytest.warns(UserWarning, match=r"column shade: no value of it \(blue\) is a known one"):
+        model.predict(frame)
 
 
 def test_rows_are_scored_alike_together_one_by_one_and_in_another_order():

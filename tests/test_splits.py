@@ -184,6 +184,14 @@ def test_columns_become_numbers_flags_and_categories() -> None:
     assert features.codes[:, 2].min() == -1
 
 
+def test_test_rows_whose_categories_are_all_unknown_are_encoded_without_a_word() -> None:
+    names = [f"name {i}" for i in range(39)]
+    task = own(x=range(40), name=[*names, names[0]], label=["a", "b"] * 20)
+    _, sealed, _ = prepare(task, cut(task, folds=2))
+    features, _ = sealed.open()
+    assert (features.codes == -1).all()
+
+
 def test_a_gap_in_a_category_is_a_category_of_its_own() -> None:
     task = own(colour=["red", None, "blue", "red"] * 25, label=[0, 1, 0, 1] * 25)
     development, _, _ = prepare(task, freeze(task, seed=0, split=(0.7, 0.15, 0.15), folds=2))

@@ -309,7 +309,7 @@ def _read(path: Path, where: str | None = None) -> pd.DataFrame:
         raise DataError(f"{where}: there is no such file") from None
     except Exception as error:  # the readers raise many kinds, and any of them means the same
         raise DataError(f"{where}: cannot be read as {path.suffix[1:]}: {_line(error)}") from None
-    twice = sorted(set(frame.columns[frame.columns.duplicated()]))
+    twice = sorted({str(name) for name in frame.columns[frame.columns.duplicated()]})
     if twice:
         raise DataError(f"{where}: more than one column is called {_listed(twice)}")
     if frame.empty:
@@ -356,7 +356,7 @@ def _arff(path: Path) -> pd.DataFrame:
 
 
 def _plain(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Numbers, strings, dates and categories as they are; Python's other objects as strings."""
+    """Numbers, strings, times and categories as they are; Python's other objects as strings."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind in {"decimal", "empty", "integer", "floating", "mixed-integer-float"}:
         return column.astype("float64") if column.dtype == object else column
@@ -364,6 +364,8 @@ def _plain(column: pd.Series[Any]) -> pd.Series[Any]:
         return column
     if kind in {"datetime", "datetime64", "date"}:
         return pd.to_datetime(column)
+    if kind in {"timedelta", "timedelta64"}:
+        return pd.to_timedelta(column)
     return column.map(str, na_action="ignore")
 
 

@@ -5,8 +5,7 @@ Scaling, imputing and one-hot coding are fitted fold by fold in `preprocess.py`.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +50,6 @@ class Schema:
 
         Raises:
             DataError: A column is missing, not numeric, or holds an infinite value.
-
-        Warns:
-            UserWarning: No value of a categorical column is a known one.
         """
         names = [*self.numeric, *(name for name, _ in self.categorical)]
         absent = [name for name in names if name not in frame.columns]
@@ -73,16 +69,18 @@ class Schema:
         codes = np.empty((len(frame), len(self.categorical)), dtype=np.int64)
         for i, (name, values) in enumerate(self.categorical):
             position = {value: code for code, value in enumerate(values)}
-            texts = _as_text(frame[name])
-            codes[:, i] = [position.get(text, -1) for text in texts]
-            given = set(texts) - {MISSING}
-            if given and not given & position.keys():
-                warnings.warn(
-                    f"column {name}: no value of it ({shorten(sorted(given))}) was there in "
-                    f"training ({shorten(list(values))}); they count as unknown",
-                    stacklevel=2,
-                )
+            codes[:, i] = [position.get(text, -1) for text in _as_text(frame[name])]
         return Features(numeric, codes)
+
+    def foreign(self, frame: pd.DataFrame) -> Iterator[str]:
+        """A line for each categorical column of which a frame holds no known value."""
+        for name, values in self.categorical:
+            given = set(_as_text(frame[name])) - {MISSING}
+            if given and not given & set(values):
+                yield (
+                    f"column {name}: no value of it ({shorten(sorted(given))}) is a known one "
+                    f"({shorten(list(values))}); they count as unknown"
+                )
 
 
 @dataclass(frozen=True)

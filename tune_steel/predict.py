@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,8 +88,15 @@ class FittedModel:
 
         Raises:
             DataError: A column is missing or not of its kind.
+
+        Warns:
+            UserWarning: No value of a categorical column is a known one.
         """
-        return self.probabilities(self.members[0].preprocessing.schema.encode(frame))
+        schema = self.members[0].preprocessing.schema
+        features = schema.encode(frame)
+        for line in schema.foreign(frame):
+            warnings.warn(line, stacklevel=2)
+        return self.probabilities(features)
 
     def predict(self, frame: pd.DataFrame) -> NDArray[np.str_]:
         """Class names [n]: by the stored threshold, else the most probable ones.
@@ -176,12 +184,13 @@ def save_model(model: FittedModel, folder: Path) -> None:
         folder.replace(place)
 
 
-def load_model(folder: Path) -> FittedModel:
+def load_model(folder: Path | str) -> FittedModel:
     """Reads what `save_model` wrote.
 
     Raises:
         DataError: A file is missing or of another format.
     """
+    folder = Path(folder)
     try:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         arrays = load_arrays(folder / "preprocessing.safetensors")

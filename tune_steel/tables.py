@@ -142,7 +142,8 @@ def scores_schema() -> pa.Schema:
             _field(
                 "split",
                 pa.string(),
-                "test, or validation (mean over the folds; the ensemble's is cross-fitted).",
+                "test, or validation: mean over the folds, of which the scores of ensemble and "
+                "bagged are cross-fitted where there are several.",
             ),
             _field("rows", pa.int32(), "Rows that were scored."),
             _field("score", pa.string(), "Name of the score."),

@@ -87,7 +87,10 @@ def own_task(table: Table, target: str | None) -> Task:
     labels = frame[target]
     gaps = int(labels.isna().sum())
     if gaps:
-        raise DataError(f"target {target}: {gaps} rows have no label; remove them or fill them in")
+        raise DataError(
+            f"target {target}: {gaps} rows have no label; remove them or fill them in (words like "
+            "NA, None and null in a CSV mean none too: call such a class otherwise)"
+        )
     values = labels.to_numpy()
     if pd.api.types.is_float_dtype(labels.dtype) and (values != np.round(values)).any():
         raise DataError(f"target {target}: fractional numbers; a classifier needs classes")
