@@ -9,6 +9,7 @@ from tune_steel.architectures import StackedNCA, StackedResNet, StackedTabM, mak
 from tune_steel.config import ModelConfig, OptimizerConfig
 from tune_steel.dropout import DropoutMasks
 from tune_steel.fused import Adam, Backprop, Recorded
+from tune_steel.neighbours import class_shares
 from tune_steel.networks import StackedBatchNorm, StackedMLP
 
 D, ROWS, REPLICAS, OUTPUTS = 5, 24, 2, 3
@@ -200,6 +201,10 @@ def test_many_queries_are_answered_in_parts_alike_and_many_neighbours_are_cut():
     many = stacked(x[:, :1100])
     few = torch.cat([stacked(part) for part in x[:, :1100].split(100, dim=1)], dim=1)
     torch.testing.assert_close(many, few)
+    stacked.learn_from(x[:, :700], y[:, :700])
+    neighbours, queries = stacked._points(x[:, :700], ()), stacked._points(x[:, :300], ())
+    whole = class_shares(queries, neighbours, stacked._one_hot(y[:, :700]))
+    torch.testing.assert_close(stacked(x[:, :300]), stacked._logits(whole))
 
 
 @pytest.mark.parametrize("embedding", ["none", "pbld"])

@@ -31,6 +31,7 @@ from tune_steel.networks import (
 _MOST_NEIGHBOURS = 8192
 _LEAST_OF_A_CLASS = 8
 _MOST_CONTEXT = 2048
+_ROWS_A_PART = 256
 _QUERIES_A_CHUNK = 512
 _LEAST_SHARE = 1e-7
 
@@ -234,17 +235,22 @@ class StackedNCA(_Embedded):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Logits [R, B, K] of features [R, B, D] by all neighbours."""
-        neighbours = self._points(self.neighbours, ())
+        neighbours, points = (self._points_in_parts(rows) for rows in (self.neighbours, x))
         one_hot = self._one_hot(self.classes)
         shares = [
-            class_shares(self._points(part, ()), neighbours, one_hot)
-            for part in torch.split(x, _QUERIES_A_CHUNK, dim=1)
+            class_shares(part, neighbours, one_hot)
+            for part in torch.split(points, _QUERIES_A_CHUNK, dim=1)
         ]
         return self._logits(torch.cat(shares, dim=1))
 
     def training_logits(self, x: Tensor, y: Tensor, batch: int, masks: Sequence[Tensor]) -> Tensor:
         """Logits [R, B, K] of the first B rows; all rows but a row itself are its neighbours."""
         return self._logits(class_shares_of_batch(self._points(x, masks), batch, self._one_hot(y)))
+
+    def _points_in_parts(self, x: Tensor) -> Tensor:
+        """Points of many rows: what lies between them and their features is far larger."""
+        parts = torch.split(x, _ROWS_A_PART, dim=1)
+        return torch.cat([self._points(part, ()) for part in parts], dim=1)
 
     def _points(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
         x = self.input(self._embed(x))
