@@ -77,8 +77,8 @@ SIZE = 4
 """Configs of the portfolio: less than a tenth of a search of 50 trials."""
 
 MOST_WIDTH = 128
-"""Of a config that may be placed: an epoch of the wider ones took twice as long in the mean, and
-the sampler goes where the first good configs are."""
+"""Of a config that may be placed: an epoch of a wider one took twice as long, and the sampler
+goes where the first good configs are."""
 
 NAMED: dict[str, dict[str, Any]] = {
     # ModernNCA's defaults (Ye et al. 2024, arXiv 2407.03257), the embedding, scaling, smoothing

@@ -67,7 +67,8 @@ def test_standard_scaling_equals_the_standard_scaler_of_scikit_learn():
         out = transformed(preprocessing, rows)
         assert out.shape == (1, len(rows), 5)
         assert out.dtype == np.float32
-        np.testing.assert_allclose(out[0], expected.transform(rows), rtol=1e-5, atol=1e-5)
+        near = np.clip(expected.transform(rows), -1e4, 1e4)
+        np.testing.assert_allclose(out[0], near, rtol=1e-5, atol=1e-5)
 
 
 # With 2^n + 1 rows every quantile is a row's value without rounding; with others either side may

@@ -51,6 +51,14 @@ def test_an_own_table_with_strings_categories_and_gaps_works_from_another_direct
     confusion = np.array(record["test"]["confusion"])
     assert scores["ensemble", "test", "accuracy"] == np.trace(confusion) / confusion.sum()
 
+    moved = own_csv.rename(own_csv.with_name("plates_v2.csv"))
+    done = command("--resume", run, "--data", moved, "--samples", 9)
+    assert done.returncode == 0, done.stderr
+    trials = read(run, "trials")
+    assert len(trials) == 9
+    assert set(trials["task"]) == set(read(run, "scores")["task"]) == {"plates"}
+    assert "column site is constant and was dropped" in (run / "report.txt").read_text()
+
 
 def test_scrambled_test_rows_change_no_bit_of_the_search(
     command: Command, own_csv: Path, space_file: Path, tmp_path: Path

@@ -350,7 +350,7 @@ def test_a_run_that_itself_began_with_earlier_trials_hands_on_its_own_only(
     now = begun(middle.folder.path)
     assert {t.user_attrs["earlier_run"] for t in now.beginning.trials} == {middle.folder.path.name}
     assert len(now.beginning.trials) == 4
-    assert f"it began with {earlier}; where those were tested on other rows" in now.notes
+    assert f"it began with {earlier}; where those, or what they began with, were" in now.notes
     assert f"it began with {earlier}" not in middle.notes
 
 
@@ -399,6 +399,16 @@ def test_a_record_that_lacks_what_is_compared_is_damaged(
     del record[key]
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match=f"it is damaged \\('{key}'\\)"):
+        read_record(tmp_path)
+
+
+def test_a_record_whose_options_lack_what_is_compared_is_damaged(
+    earlier: Path, tmp_path: Path
+) -> None:
+    record = json.loads((earlier / "run.json").read_text())
+    del record["options"]["warm_start"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"it is damaged \('warm_start'\)"):
         read_record(tmp_path)
 
 

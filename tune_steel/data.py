@@ -309,7 +309,7 @@ def _read(path: Path, where: str | None = None) -> pd.DataFrame:
         raise DataError(f"{where}: there is no such file") from None
     except Exception as error:  # the readers raise many kinds, and any of them means the same
         raise DataError(f"{where}: cannot be read as {path.suffix[1:]}: {_line(error)}") from None
-    twice = sorted({str(name) for name in frame.columns[frame.columns.duplicated()]})
+    twice = sorted(set(frame.columns[frame.columns.duplicated()].dropna()))
     if twice:
         raise DataError(f"{where}: more than one column is called {_listed(twice)}")
     if frame.empty:

@@ -135,7 +135,9 @@ def learn_schema(frame: pd.DataFrame, features: Sequence[str]) -> tuple[Schema, 
         elif pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(
             dtype
         ):
-            raise DataError(f"column {name} holds dates; turn it into numbers or drop it")
+            raise DataError(
+                f"column {name} holds dates or durations; turn it into numbers or drop it"
+            )
         else:
             if column.nunique() == len(column):
                 notes.append(f"column {name} names every row differently and was dropped")

@@ -71,7 +71,7 @@ class EnsembleFacts:
     """How the ensemble came about; `ensemble` in `run.json`.
 
     Attributes:
-        members: Every trial that could be refitted, best validation loss first.
+        members: Every trial that was weighed, best validation loss first.
         calibration: What is done to the logits of the weighted average.
         threshold: Two classes: above which probability a row counts as of the second one.
         log_loss: Of the out-of-fold predictions that weights and calibration were fitted to.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tune_steel.features import Features, Floats, Ints, Schema
 
 _MOST_QUANTILES = 1000
-_FARTHEST = 1e8  # deviations from the mean
+_FARTHEST = 1e4  # in scales from the center; in a table of fewer than 1e8 rows none is as far
 _TAIL = 1e-7  # scikit-learn's QuantileTransformer clips there: +-5.2 standard deviations
 
 
@@ -140,8 +140,8 @@ def _inverse(scale: Floats, x: Floats) -> Floats:
 
 
 def _standard(x: Floats, state: dict[str, Floats]) -> Floats:
-    # A value as far out as no training row, say a 1e20 for a gap: the square of a distance to it
-    # would overflow in single precision, and no network has learnt anything there.
+    # A value farther out than any training row, say a 1e20 for a gap: in single precision the
+    # square of a distance to it would overflow, or hide what other features say in its rounding.
     return np.clip((x - state["center"]) * state["scale"], -_FARTHEST, _FARTHEST)
 
 

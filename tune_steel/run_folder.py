@@ -96,6 +96,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
         differences(record, record)  # reads what will be compared
         _ = record["run"], record["state"], record["splits"]["test_rows"]
+        _ = record["options"]["warm_start"]
     except OSError as error:
         raise RunError(
             f"{path}: this is no folder of a run ({error.strerror}: run.json); allowed are the "

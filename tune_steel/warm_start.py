@@ -181,8 +181,8 @@ def _of_a_run(path: Path, space: Space, record: Mapping[str, Any], out: Beginnin
     before = earlier["options"]["warm_start"]
     if before:
         out.notes.append(
-            f"--warm-start {path}: it began with {', '.join(before)}; where those were tested on "
-            "other rows than this run, they flatter its test scores"
+            f"--warm-start {path}: it began with {', '.join(before)}; where those, or what they "
+            "began with, were tested on other rows, they flatter this run's test scores"
         )
     if not searched_on and "data" not in changed and earlier.get("looks_at_test"):
         out.notes.append(
