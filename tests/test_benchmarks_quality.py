@@ -219,6 +219,17 @@ def test_the_table_names_open_differences_and_compares_on_common_folds() -> None
     assert lines["| XGBoost tuned"] == "| XGBoost tuned | 2 | -0.005 | +0.000 | -0.105 |"
 
 
+def test_a_booster_on_fewer_folds_is_not_the_one_with_the_lowest_log_loss() -> None:
+    rows = [
+        *rows_of("LightGBM tuned", [0.9] * 6, [0.4] * 6),
+        *rows_of("XGBoost tuned", [0.9] * 6, [0.3] * 6),
+        *rows_of("CatBoost tuned", [0.9] * 5, [0.1] * 5),
+    ]
+    text = quality_table.render(pd.DataFrame(rows))
+    assert "minus those of XGBoost tuned, " in text
+    assert "minus those of CatBoost tuned" not in text
+
+
 def test_the_short_table_has_the_means_and_the_ensemble_beside_each_tuned_booster() -> None:
     text = quality_table.brief(
         pd.DataFrame(

@@ -75,7 +75,7 @@ class Schema:
     def foreign(self, frame: pd.DataFrame) -> Iterator[str]:
         """A line for each categorical column of which a frame holds no known value."""
         for name, values in self.categorical:
-            given = set(_as_text(frame[name])) - {MISSING}
+            given = set(_as_text(frame[name].drop_duplicates())) - {MISSING}
             if given and not given & set(values):
                 yield (
                     f"column {name}: no value of it ({shorten(sorted(given))}) is a known one "
