@@ -5,7 +5,9 @@
 trains the reference network, a small one and nearest neighbours on the five folds of the binary
 task, on one core, all loops in turn in one process. An epoch is the training of all five networks
 and their validation scores; five networks are five runs of the reference and of the plain loop,
-and one stacked network here. The floor is only the matmuls of the training, on the same shapes.
+and one stacked network here; `mkl` is the same with the matmuls left to the library that torch
+itself chooses. The floor is only the matmuls of the training, on the same shapes, by the faster
+library.
 A row of `results/published/fit.parquet` is a loop and a network. Times are the CPU time of the one
 thread, because a machine is rarely idle; `TUNE_STEEL_DATA` names the real table, else it is the
 stand-in.
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +34,7 @@ from torchmetrics.classification import BinaryAccuracy, BinaryPrecision
 
 from benchmarks import neighbours
 from benchmarks.process import machine
+from tune_steel import matmul
 from tune_steel.config import TrialConfig
 from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
@@ -99,6 +103,18 @@ class Stacked:
 
     def score(self) -> list[float]:
         return [float(loss) for loss in self.fit.score()["loss"]]
+
+
+class StackedMKL(Stacked):
+    """The same without oneDNN."""
+
+    def train(self) -> None:
+        with patch.object(matmul, "onednn_is_better", return_value=False):
+            super().train()
+
+    def score(self) -> list[float]:
+        with patch.object(matmul, "onednn_is_better", return_value=False):
+            return super().score()
 
 
 class Separate:
@@ -235,7 +251,7 @@ class Floor:
     def train(self) -> None:
         for batch in self.batches:
             for a, b, out in batch:
-                torch.bmm(a, b, out=out)
+                matmul.bmm(a, b, out=out)
 
     def score(self) -> list[float]:
         return []
@@ -245,6 +261,7 @@ LOOPS: dict[str, Callable[[Sequence[int], Development], Loop]] = {
     "reference": Reference,
     "plain": Plain,
     "stacked": Stacked,
+    "mkl": StackedMKL,
     "floor": Floor,
 }
 

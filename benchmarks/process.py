@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune_steel.run_folder import processor
+
 _MARK = "TUNE_STEEL_BENCHMARK"
 _EVERY = 0.5
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -23,8 +25,8 @@ def machine() -> str:
     """What it runs on."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, "
-        f"Python {platform.python_version()}"
+        f"{platform.system()} {platform.machine()}, {processor()}, {os.cpu_count()} CPUs, "
+        f"{memory:.0f} GiB, Python {platform.python_version()}"
     )
 
 

@@ -36,6 +36,7 @@ _LOOPS = {
     "reference": "reference's loop",
     "plain": "plain loop",
     "stacked": "tune_steel",
+    "mkl": "without oneDNN",
     "floor": "its training's matmuls alone",
 }
 _SHARES = (1 / 4, 1 / 2, 1.0, 5 / 4)

@@ -33,16 +33,16 @@ def test_a_row_for_each_network_and_loop_with_times_and_ratios_that_agree(
         *(
             (network, loop)
             for network in ("6-5", "4")
-            for loop in ("reference", "plain", "stacked", "floor")
+            for loop in ("reference", "plain", "stacked", "mkl", "floor")
         ),
         ("neighbours", "plain"),
         ("neighbours", "stacked"),
     ]
-    for row in rows[8:]:
+    for row in rows[10:]:
         assert row["steps"] == -(-row["rows"] // 256)
-        assert row["plain_over_epoch"] == pytest.approx(rows[8]["epoch_ms"] / row["epoch_ms"])
+        assert row["plain_over_epoch"] == pytest.approx(rows[10]["epoch_ms"] / row["epoch_ms"])
         assert row["reference_over_epoch"] is row["training_over_floor"] is None
-    for block in (rows[:4], rows[4:8]):
+    for block in (rows[:5], rows[5:10]):
         reference, *_, floor = block
         for row in block:
             assert row["data_source"] == "stand-in"

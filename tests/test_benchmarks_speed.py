@@ -262,12 +262,13 @@ def test_the_epochs_table_has_a_line_for_each_network_and_no_figure_that_is_miss
     rows = pd.DataFrame(
         [
             *(row("8", "reference", 200.0, 1.0), row("8", "plain", 100.0, 2.0)),
-            *(row("8", "stacked", 40.0, 5.0), row("8", "floor", 20.0, None)),
+            *(row("8", "stacked", 40.0, 5.0), row("8", "mkl", 80.0, 2.5)),
+            row("8", "floor", 20.0, None),
             *(row("near", "plain", 100.0, None), row("near", "stacked", 50.0, None)),
         ]
     )
     lines = speed_table.epochs(rows).splitlines()
     assert lines[-2:] == [
-        "| 8 | 200 | 100 | 40 | 20 | 5.0 x | 2.5 x |",
-        "| near | - | 100 | 50 | - | - | 2.0 x |",
+        "| 8 | 200 | 100 | 40 | 80 | 20 | 5.0 x | 2.5 x |",
+        "| near | - | 100 | 50 | - | - | - | 2.0 x |",
     ]

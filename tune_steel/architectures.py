@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tune_steel.config import ModelConfig
 from tune_steel.embeddings import Embedding, make_embedding
+from tune_steel.matmul import baddbmm
 from tune_steel.neighbours import class_shares, class_shares_of_batch
 from tune_steel.networks import (
     ACTIVATIONS,
@@ -179,9 +180,7 @@ class StackedTabM(_Embedded):
             x = self._activate(x)
             if masks:
                 x = x * masks[i].view(len(x), rows, members, -1).transpose(1, 2)
-        flat = torch.baddbmm(
-            self.head_bias.flatten(0, 1), x.flatten(0, 1), self.head.flatten(0, 1)
-        )
+        flat = baddbmm(self.head_bias.flatten(0, 1), x.flatten(0, 1), self.head.flatten(0, 1))
         return flat.view(*x.shape[:2], *flat.shape[1:])
 
 

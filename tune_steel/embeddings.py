@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tune_steel.config import ModelConfig
+from tune_steel.matmul import baddbmm, bmm
 from tune_steel.networks import uniform
 
 _LEAST_ROWS_A_LEAF = 8
@@ -99,8 +100,8 @@ class _Waves(torch.autograd.Function):
         ctx.save_for_backward(x, linear, weight)
         out = x.new_empty(len(x), weight.shape[1], x.shape[2])
         for part in _parts(x, weight):
-            waves = torch.bmm(linear[part], x[part]).cos_()
-            torch.baddbmm(bias[part], weight[part], waves, out=out[part])
+            waves = bmm(linear[part], x[part]).cos_()
+            baddbmm(bias[part], weight[part], waves, out=out[part])
         return out
 
     @staticmethod
@@ -109,10 +110,10 @@ class _Waves(torch.autograd.Function):
         gradient = gradient.contiguous()
         of_weight, of_linear = torch.empty_like(weight), torch.empty_like(linear)
         for part in _parts(x, weight):
-            angle = torch.bmm(linear[part], x[part])
-            torch.bmm(gradient[part], angle.cos().transpose(1, 2), out=of_weight[part])
-            slope = torch.bmm(weight[part].transpose(1, 2), gradient[part]).mul_(angle.sin_())
-            torch.bmm(slope, x[part].transpose(1, 2), out=of_linear[part])
+            angle = bmm(linear[part], x[part])
+            bmm(gradient[part], angle.cos().transpose(1, 2), out=of_weight[part])
+            slope = bmm(weight[part].transpose(1, 2), gradient[part]).mul_(angle.sin_())
+            bmm(slope, x[part].transpose(1, 2), out=of_linear[part])
         return None, of_linear.neg_(), of_weight, gradient.sum(2, keepdim=True)
 
 
@@ -225,10 +226,7 @@ def make_embedding(
 def _each(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer for each feature: [R, P, in, B] -> [R, P, out, B], one batched matmul."""
     flat, matrices = x.flatten(0, 1), weight.flatten(0, 1)
-    if bias is None:
-        out = torch.bmm(matrices, flat)
-    else:
-        out = torch.baddbmm(bias.flatten(0, 1), matrices, flat)
+    out = bmm(matrices, flat) if bias is None else baddbmm(bias.flatten(0, 1), matrices, flat)
     return out.view(*x.shape[:2], *out.shape[1:])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tune_steel.config import OptimizerConfig
+from tune_steel.matmul import baddbmm, bmm
 from tune_steel.networks import (
     Network,
     StackedBatchNorm,
@@ -142,14 +143,14 @@ class _Linear:
     def forward(self, x: Tensor) -> Tensor:
         self._x = x
         if self._bias is None:
-            return torch.bmm(x, self._weight)
-        return torch.baddbmm(self._bias, x, self._weight)
+            return bmm(x, self._weight)
+        return baddbmm(self._bias, x, self._weight)
 
     def backward(self, gradient: Tensor) -> Tensor:
-        torch.bmm(self._x.transpose(1, 2), gradient, out=self._weight_gradient)
+        bmm(self._x.transpose(1, 2), gradient, out=self._weight_gradient)
         if self._bias_gradient is not None:
             torch.sum(gradient, 1, keepdim=True, out=self._bias_gradient)
-        return torch.bmm(gradient, self._weight.transpose(1, 2)) if self._to_input else gradient
+        return bmm(gradient, self._weight.transpose(1, 2)) if self._to_input else gradient
 
 
 class _Head:
@@ -160,13 +161,13 @@ class _Head:
 
     def forward(self, x: Tensor) -> Tensor:
         self._x = x
-        return torch.baddbmm(self._bias, self._weight, x.transpose(1, 2)).transpose(1, 2)
+        return baddbmm(self._bias, self._weight, x.transpose(1, 2)).transpose(1, 2)
 
     def backward(self, gradient: Tensor) -> Tensor:
         outputs_first = gradient.transpose(1, 2).contiguous()
-        torch.bmm(outputs_first, self._x, out=self._weight_gradient)
+        bmm(outputs_first, self._x, out=self._weight_gradient)
         torch.sum(outputs_first, 2, keepdim=True, out=self._bias_gradient)
-        return torch.bmm(gradient, self._weight)
+        return bmm(gradient, self._weight)
 
 
 class _BatchNorm:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tune_steel.config import ModelConfig
+from tune_steel.matmul import baddbmm, bmm
 
 if TYPE_CHECKING:
     from tune_steel.embeddings import Embedding
@@ -53,8 +54,8 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
         if self.bias is None:
-            return torch.bmm(x, self.weight)
-        return torch.baddbmm(self.bias, x, self.weight)
+            return bmm(x, self.weight)
+        return baddbmm(self.bias, x, self.weight)
 
 
 class StackedHead(nn.Module):
@@ -71,7 +72,7 @@ class StackedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
-        return torch.baddbmm(self.bias, self.weight, x.transpose(1, 2)).transpose(1, 2)
+        return baddbmm(self.bias, self.weight, x.transpose(1, 2)).transpose(1, 2)
 
 
 def uniform(

@@ -373,13 +373,14 @@ def _machine() -> dict[str, object]:
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as Linux gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,0 +1,99 @@
+"""Batched matrix products, by the faster of the two libraries that torch brings for a CPU.
+
+torch gives float32 matrices to MKL, which leaves half of the AVX-512 units of AMD's Zen 5 idle;
+oneDNN, in the same torch, takes 40 to 60 % of the time there (benchmarks/matmul.py). torch gives
+them to oneDNN only where products may be computed in bfloat16. On a CPU that has no matrix units
+for bfloat16, and AMD's have none, they are computed in float32 all the same; that is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPU = Path("/proc/cpuinfo")
+_settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+# Multiplications. A call of oneDNN takes about 12 us longer, which smaller products do not save.
+_WORTHWHILE = 2**21
+
+
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`torch.bmm`: [R, n, m] times [R, m, k] is [R, n, k]."""
+    if not _is_large(a, b):
+        return torch.bmm(a, b, out=out)
+    if out is None and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _Product.apply(None, a, b)  # type: ignore[no-any-return, no-untyped-call]
+    with onednn():
+        return torch.bmm(a, b, out=out)
+
+
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`torch.baddbmm`: the product plus a bias [R, 1 or n, 1 or k]."""
+    if not _is_large(a, b):
+        return torch.baddbmm(bias, a, b, out=out)
+    if out is None and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _Product.apply(bias, a, b)  # type: ignore[no-any-return, no-untyped-call]
+    with onednn():
+        return torch.baddbmm(bias, a, b, out=out)
+
+
+class _Product(torch.autograd.Function):
+    """A product whose gradients come from the functions above, too."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.shape = None if bias is None else bias.shape
+        return bmm(a, b) if bias is None else baddbmm(bias, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        of_bias, of_a, of_b = ctx.needs_input_grad
+        return (
+            gradient.sum_to_size(ctx.shape) if of_bias else None,
+            bmm(gradient, b.transpose(1, 2)) if of_a else None,
+            bmm(a.transpose(1, 2), gradient) if of_b else None,
+        )
+
+
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    return a.numel() * b.shape[2] >= _WORTHWHILE and a.is_cpu and onednn_is_better()
+
+
+@contextmanager
+def onednn() -> Iterator[None]:
+    """Products of float32 matrices go to oneDNN."""
+    _settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        _settings.fp32_precision = "none"
+
+
+@cache
+def onednn_is_better() -> bool:
+    """Whether this is such a CPU, and oneDNN computes in float32 here."""
+    if _vendor() != "AuthenticAMD" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    a, b = torch.randn(2, 1, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact = torch.bmm(a.double(), b.double())
+    with onednn():
+        error = float((torch.bmm(a, b) - exact).abs().max())
+    return error < 1e-3  # 1e-4 in float32, .3 in bfloat16; the numbers are about 23
+
+
+def _vendor() -> str | None:
+    """Who made the CPU, where Linux says it."""
+    try:
+        with _CPU.open() as lines:
+            named = (line.split(":")[1].strip() for line in lines if line.startswith("vendor_id"))
+            return next(named, None)
+    except OSError:
+        return None
