@@ -70,11 +70,12 @@ def _is_large(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def onednn() -> Iterator[None]:
     """Products of float32 matrices go to oneDNN."""
+    before = _settings.fp32_precision
     _settings.fp32_precision = "bf16"
     try:
         yield
     finally:
-        _settings.fp32_precision = "none"
+        _settings.fp32_precision = before
 
 
 @cache
