@@ -113,11 +113,14 @@ def test_only_large_products_of_the_cpu_go_to_onednn(monkeypatch, chosen):
 
 
 @pytest.mark.parametrize("before", ["none", "ieee"])
-def test_the_setting_is_put_back_after_an_error(monkeypatch, before):
-    monkeypatch.setattr(matmul._settings, "fp32_precision", before)
-    with pytest.raises(RuntimeError), matmul.onednn():
-        torch.bmm(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
-    assert matmul._settings.fp32_precision == before
+def test_the_setting_is_put_back_after_an_error(before):
+    matmul._settings.fp32_precision = before
+    try:
+        with pytest.raises(RuntimeError), matmul.onednn():
+            torch.bmm(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+        assert matmul._settings.fp32_precision == before
+    finally:
+        matmul._settings.fp32_precision = "none"
 
 
 def test_a_cpu_that_would_round_to_bfloat16_is_found_out(monkeypatch):
