@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -158,3 +162,43 @@ def test_the_vendor_is_read_where_linux_says_it(monkeypatch, tmp_path):
     assert matmul._vendor() == "AuthenticAMD"
     cpu.write_text("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n")
     assert matmul._vendor() is None
+
+
+MANY_SHAPES = """
+import random
+import torch
+from tune_steel import matmul
+
+def megabytes():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+matmul._vendor = lambda: "AuthenticAMD"
+torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
+matmul.onednn_is_better()
+draw = random.Random(0)
+before = megabytes()
+with matmul.onednn():
+    for _ in range(300):
+        n, m, k = (draw.randint(100, 500) for _ in range(3))
+        torch.bmm(torch.zeros(1, n, m), torch.zeros(1, m, k))
+print(megabytes() - before)
+"""
+
+
+def test_a_worker_does_not_keep_what_was_compiled_for_the_shapes_of_its_earlier_trials():
+    def growth(**environment):
+        printed = subprocess.run(
+            [sys.executable, "-c", MANY_SHAPES],
+            env={**os.environ, "MALLOC_ARENA_MAX": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        return float(printed)
+
+    unbounded = growth(**dict.fromkeys(matmul._CAPACITIES, "1024"))
+    if unbounded < 60:
+        pytest.skip("here oneDNN compiles no kernels for float32")
+    assert growth() < unbounded / 2

@@ -8,6 +8,7 @@ for bfloat16, and AMD's have none, they are computed in float32 all the same; th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +22,10 @@ _CPU = Path("/proc/cpuinfo")
 _settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 # Multiplications. A call of oneDNN takes about 12 us longer, which smaller products do not save.
 _WORTHWHILE = 2**21
+# Kernels that oneDNN, and torch's layer above it, keep: one for each shape, some .3 MB. A step has
+# about two dozen; a worker's hundred trials would fill the 1024 places that there are by default.
+_KERNELS = 24
+_CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -83,6 +88,8 @@ def onednn_is_better() -> bool:
     """Whether this is such a CPU, and oneDNN computes in float32 here."""
     if _vendor() != "AuthenticAMD" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
+    for capacity in _CAPACITIES:  # read when oneDNN is used first
+        os.environ.setdefault(capacity, str(_KERNELS))
     a, b = torch.randn(2, 1, 512, 512, generator=torch.Generator().manual_seed(0))
     exact = torch.bmm(a.double(), b.double())
     with onednn():
