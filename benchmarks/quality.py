@@ -12,7 +12,7 @@ methods. What cannot run is a line here and in the table, and is tried again the
 
 `results/published/quality.parquet` holds a row for each task, repeat, fold and method, and
 `quality-predictions.parquet` the probabilities of their test rows; `--table` renders the first
-and puts it between its markers in the README. Outer test rows are for reporting only:
+into the README, in short, and into docs/quality.md. Outer test rows are for reporting only:
 docs/quality.md says what of the product is not independent of them. `boosters.py`, `rivals.py`
 and `outside.py` say what each method is.
 """

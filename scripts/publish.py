@@ -40,9 +40,13 @@ def collect(folders: list[Path]) -> None:
         if "+changes" in (record["git_commit"] or "+changes"):
             sys.exit(f"{folder}: the run is not of a clean commit ({record['git_commit']})")
         kept = {key: record[key] for key in _KEPT}
-        # Where files lay on the machine says nothing to others.
+        # Where files lay on the machine, and what kernel it runs, says nothing to others.
         kept["options"] = {
             key: value for key, value in record["options"].items() if key not in _PLACES
+        }
+        kept["machine"] = {
+            **record["machine"],
+            "system": record["machine"]["system"].split("-")[0],
         }
         runs.append(kept)
     tables = [pq.read_table(folder / "scores.parquet") for folder in folders]
