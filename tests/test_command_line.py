@@ -66,6 +66,7 @@ def complaint(done: subprocess.CompletedProcess[str], folder: Path) -> str:
             "--source is for the Steel",
         ),
         (("--task", "binary", "--seed", "-1"), "--seed -1: must be at least 0"),
+        (("--task", "binary", "--samples", "9" * 20), "must be at most 1000000000"),
         (("--task", "binary", "--concurrency", "0"), "--concurrency 0: must be at least 1"),
         (("--task", "binary", "--frobnicate"), "No such option: --frobnicate"),
         ((*STAND_IN, "--space", "missing.toml"), "missing.toml: there is no such space file"),

@@ -21,6 +21,7 @@ from searches import (
 )
 
 from tune_steel.limits import limit_memory, watched
+from tune_steel.terminal import is_terminal, write
 
 pytestmark = pytest.mark.ray
 FAULTY = (Path(__file__).parent / "faulty_search.py",)
@@ -173,24 +174,34 @@ def test_on_a_full_disk_nothing_begins_and_one_line_says_so(
     assert list((small_disk / "results").iterdir()) == []
 
 
+@pytest.mark.parametrize("fault", ["full", "no letters for it"])
 def test_a_terminal_that_cannot_be_written_costs_no_result(
-    space_file: Path, tmp_path: Path
+    space_file: Path, tmp_path: Path, fault: str
 ) -> None:
-    with Path("/dev/full").open("w") as full:
+    place = Path("/dev/full") if fault == "full" else tmp_path / "printed"
+    with place.open("w") as full:
         process = subprocess.run(
             [
                 *(sys.executable, "-m", "tune_steel.search"),
                 *map(str, (*small(space_file), "--samples", 2)),
             ],
             cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
             stdout=full,
             stderr=full,
             timeout=240,
             check=False,
         )
     assert process.returncode == 0
+    if fault == "no letters for it":
+        assert "? accuracy " in place.read_text(encoding="ascii")
     check_whole(only_run(tmp_path), 2)
     assert "Test scores" in (only_run(tmp_path) / "report.txt").read_text()
+
+
+def test_a_process_that_was_started_without_a_stream_says_nothing() -> None:
+    write(None, "a line")
+    assert not is_terminal(None)
 
 
 def test_a_progress_line_that_raises_ends_nothing() -> None:

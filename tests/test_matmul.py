@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tune_steel.matmul import baddbmm, bmm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SETTING = torch.backends.mkldnn.matmul
 SMALL, LARGE = (3, 5, 4, 6), (3, 70, 130, 90)  # R, n, m, k
 
 
@@ -20,7 +22,7 @@ def chosen(monkeypatch):
 
     def noting(function):
         def call(*given, **options):
-            settings.append(matmul._settings.fp32_precision)
+            settings.append(SETTING.fp32_precision)
             return function(*given, **options)
 
         return call
@@ -118,13 +120,42 @@ def test_only_large_products_of_the_cpu_go_to_onednn(monkeypatch, chosen):
 
 @pytest.mark.parametrize("before", ["none", "ieee"])
 def test_the_setting_is_put_back_after_an_error(before):
-    matmul._settings.fp32_precision = before
+    SETTING.fp32_precision = before
     try:
-        with pytest.raises(RuntimeError), matmul.onednn():
+        with pytest.raises(RuntimeError), matmul.onednn:
             torch.bmm(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
-        assert matmul._settings.fp32_precision == before
+        assert SETTING.fp32_precision == before
     finally:
-        matmul._settings.fp32_precision = "none"
+        SETTING.fp32_precision = "none"
+
+
+def test_a_setting_that_is_inherited_stays_inherited():
+    torch.backends.fp32_precision = "ieee"
+    try:
+        assert SETTING.fp32_precision == "ieee"
+        with matmul.onednn:
+            assert SETTING.fp32_precision == "bf16"
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert SETTING.fp32_precision == "none"
+
+
+def test_threads_that_take_turns_leave_the_setting_as_it_was():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first():
+        with matmul.onednn:
+            begun.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait(10)
+    with matmul.onednn:
+        go_on.set()
+        thread.join()
+        assert SETTING.fp32_precision == "bf16"
+    assert SETTING.fp32_precision == "none"
 
 
 def test_a_cpu_that_would_round_to_bfloat16_is_found_out(monkeypatch):
@@ -132,7 +163,7 @@ def test_a_cpu_that_would_round_to_bfloat16_is_found_out(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     plain = torch.bmm
     # Whatever this CPU has: products in float32, as of AMD's, and in bfloat16, as of Intel's AMX.
-    monkeypatch.setattr(matmul, "onednn", torch.no_grad)
+    monkeypatch.setattr(matmul, "onednn", torch.no_grad())
     assert matmul.onednn_is_better.__wrapped__()
 
     def rounded(a, b):
@@ -178,7 +209,7 @@ torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
 matmul.onednn_is_better()
 draw = random.Random(0)
 before = megabytes()
-with matmul.onednn():
+with matmul.onednn:
     for _ in range(300):
         n, m, k = (draw.randint(100, 500) for _ in range(3))
         torch.bmm(torch.zeros(1, n, m), torch.zeros(1, m, k))

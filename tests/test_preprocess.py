@@ -367,6 +367,26 @@ def test_categories_are_known_again_where_a_gap_made_floats_of_them_and_what_is_
     assert not list(schema.foreign(as_floats))
 
 
+def test_a_number_that_was_a_text_among_words_is_known_again():
+    schema, _ = learn_schema(pd.DataFrame({"c": ["1.0", "1.50", "2", "beta", "beta"]}), ["c"])
+    assert schema.categorical[0][1] == ("1.0", "1.50", "2", "beta")
+    new = pd.DataFrame({"c": [2.0, 1.0, 1.5, np.nan, 7.0]})
+    assert schema.encode(new).codes[:, 0].tolist() == [2, 0, 1, -1, -1]
+    assert schema.encode(pd.DataFrame({"c": [2, 1]})).codes[:, 0].tolist() == [2, 0]
+    assert not list(schema.foreign(new))
+    assert len(list(schema.foreign(new[4:]))) == 1
+    assert not list(schema.foreign(new[3:4]))  # a gap is nothing strange
+
+
+@pytest.mark.parametrize(
+    "values", [pd.to_datetime(["2020-01-01", None]), pd.to_timedelta([1, 2]), [1j, 2j]]
+)
+def test_dates_durations_and_complex_numbers_are_no_numbers(values):
+    schema, _ = learn_schema(pd.DataFrame({"x": [1.0, 2.0]}), ["x"])
+    with pytest.raises(DataError, match="column x is not numeric"):
+        schema.encode(pd.DataFrame({"x": values}))
+
+
 def own_frame(classes):
     rng = np.random.default_rng(classes)
     y = rng.integers(0, classes, 150)
@@ -521,6 +541,22 @@ def test_a_model_with_a_file_that_was_cut_off_is_an_error_that_names_the_folder(
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "model format None, known is 6"),
+        ("null", "model format None, known is 6"),
+        ('{"format": 6}', "the model there is damaged .KeyError"),
+        ('{"format": 6, "schema": 3}', "the model there is damaged .TypeError"),
+    ],
+)
+def test_a_model_whose_description_lacks_something_is_an_error(tmp_path, text, said):
+    save_model(fitted_model("standard", 2), tmp_path)
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(DataError, match=said):
+        load_model(tmp_path)
+
+
 def test_a_model_of_another_format_is_an_error_that_names_both(tmp_path):
     save_model(fitted_model("standard", 2), tmp_path)
     path = tmp_path / "model.json"
@@ -539,3 +575,12 @@ def test_a_fit_holds_plain_arrays_with_a_leading_replica_axis():
             assert array.dtype == np.float64
             assert len(array) == 2
             assert array.shape[-1] == 3
+
+
+@pytest.mark.parametrize("scaling", ["standard", "robust"])
+def test_a_column_of_numbers_too_small_for_a_scale_counts_as_constant(scaling):
+    numeric = draw(60)[:, :2]
+    numeric[:, 1] *= 1e-165
+    (out,) = transformed(fitted(scaling, numeric), numeric)
+    assert (out[:, 1] == 0).all()
+    assert out[:, 0].std() > 0.1

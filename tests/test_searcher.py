@@ -310,13 +310,14 @@ def test_a_journal_whose_last_line_was_cut_off_is_healed_and_loses_no_other_line
     assert again.suggest("a")["config"] == searcher.records[0].config.as_dict()
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"5", b"{}", b'[["op_code"]]'])
 def test_a_journal_with_a_damaged_line_is_refused_with_its_number(
-    searcher: StudySearcher, tmp_path: Path
+    searcher: StudySearcher, tmp_path: Path, damage: bytes
 ) -> None:
     play(searcher, [0.9] * MOST)
     journal = tmp_path / "j"
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:5], b"\0" * 40 + b"\n", *lines[6:]]))
+    journal.write_bytes(b"".join([*lines[:5], damage + b"\n", *lines[6:]]))
     with pytest.raises(RunError, match="line 6 is damaged"):
         heal_journal(journal)
 

@@ -557,7 +557,7 @@ def test_what_is_no_earlier_run_is_one_line(
     (run / "study.journal").unlink()
     assert "it has no study of the run" in message(run)
     (run / "study.journal").write_bytes(b"damage\n")
-    assert "line 1 is damaged" in message(run)
+    assert f"{run / 'study.journal'}: line 1 is damaged" in message(run)
 
 
 MIXED = SMALL_SPACE.replace(

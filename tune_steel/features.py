@@ -6,6 +6,7 @@ Scaling, imputing and one-hot coding are fitted fold by fold in `preprocess.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,9 @@ class Schema:
             raise DataError(f"the table has no column {shorten(absent)}")
         numeric = np.empty((len(frame), len(self.numeric)))
         for i, name in enumerate(self.numeric):
+            kind = frame[name].dtype
+            if kind.kind in "mMc":
+                raise DataError(f"column {name} is not numeric (it is {kind})")
             try:
                 numeric[:, i] = frame[name].to_numpy(dtype=np.float64, na_value=np.nan)
             except (TypeError, ValueError) as error:
@@ -68,15 +72,15 @@ class Schema:
                 )
         codes = np.empty((len(frame), len(self.categorical)), dtype=np.int64)
         for i, (name, values) in enumerate(self.categorical):
-            position = {value: code for code, value in enumerate(values)}
-            codes[:, i] = [position.get(text, -1) for text in _as_text(frame[name])]
+            codes[:, i] = _codes(frame[name], values)
         return Features(numeric, codes)
 
     def foreign(self, frame: pd.DataFrame) -> Iterator[str]:
         """A line for each categorical column of which a frame holds no known value."""
         for name, values in self.categorical:
-            given = set(_as_text(frame[name].drop_duplicates())) - {MISSING}
-            if given and not given & set(values):
+            column = frame[name].drop_duplicates().dropna()
+            given = set(_as_text(column))
+            if given and max(_codes(column, values)) < 0:
                 yield (
                     f"column {name}: no value of it ({shorten(sorted(given))}) is a known one "
                     f"({shorten(list(values))}); they count as unknown"
@@ -101,6 +105,26 @@ class Features:
 def _as_text(column: pd.Series[Any]) -> list[str]:
     gaps = column.isna().to_numpy()
     return [MISSING if gap else as_text(v) for v, gap in zip(column.tolist(), gaps, strict=True)]
+
+
+def _codes(column: pd.Series[Any], values: Sequence[str]) -> list[int]:
+    """The position of each value among the known ones, -1 of another.
+
+    A number that is not known as it is written here may be as another text: a file whose column
+    held words, too, gave 1.0 as the text it is.
+    """
+    position = {value: code for code, value in enumerate(values)}
+    codes = [position.get(text, -1) for text in _as_text(column)]
+    if min(codes, default=0) < 0 and column.dtype.kind in "iuf":
+        numbers: dict[float, int] = {}
+        for value, code in reversed(position.items()):
+            with suppress(ValueError):
+                numbers[float(value)] = code
+        codes = [
+            numbers.get(number, -1) if code < 0 else code
+            for code, number in zip(codes, column.tolist(), strict=True)
+        ]
+    return codes
 
 
 def as_text(value: object) -> str:

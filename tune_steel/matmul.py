@@ -9,8 +9,7 @@ for bfloat16, and AMD's have none, they are computed in float32 all the same; th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 _CPU = Path("/proc/cpuinfo")
-_settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+_backend: Any = torch.backends.mkldnn
 # Multiplications. A call of oneDNN takes about 12 us longer, which smaller products do not save.
 _WORTHWHILE = 2**21
 # Kernels that oneDNN, and torch's layer above it, keep: one for each shape, some .3 MB. A step has
@@ -34,7 +33,7 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.bmm(a, b, out=out)
     if out is None and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Product.apply(None, a, b)  # type: ignore[no-any-return, no-untyped-call]
-    with onednn():
+    with onednn:
         return torch.bmm(a, b, out=out)
 
 
@@ -44,7 +43,7 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Te
         return torch.baddbmm(bias, a, b, out=out)
     if out is None and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Product.apply(bias, a, b)  # type: ignore[no-any-return, no-untyped-call]
-    with onednn():
+    with onednn:
         return torch.baddbmm(bias, a, b, out=out)
 
 
@@ -72,15 +71,34 @@ def _is_large(a: Tensor, b: Tensor) -> bool:
     return a.numel() * b.shape[2] >= _WORTHWHILE and a.is_cpu and onednn_is_better()
 
 
-@contextmanager
-def onednn() -> Iterator[None]:
-    """Products of float32 matrices go to oneDNN."""
-    before = _settings.fp32_precision
-    _settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        _settings.fp32_precision = before
+class _OneDNN:
+    """While it is entered, products of float32 matrices go to oneDNN: also those of other threads.
+
+    Their precision is the same; the setting is one of the process.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = _backend.matmul.fp32_precision
+                if self._before == _backend.fp32_precision:
+                    self._before = "none"  # it was not set, but is the one above it
+                _backend.matmul.fp32_precision = "bf16"
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                _backend.matmul.fp32_precision = self._before
+
+
+onednn = _OneDNN()
 
 
 @cache
@@ -92,7 +110,7 @@ def onednn_is_better() -> bool:
         os.environ.setdefault(capacity, str(_KERNELS))
     a, b = torch.randn(2, 1, 512, 512, generator=torch.Generator().manual_seed(0))
     exact = torch.bmm(a.double(), b.double())
-    with onednn():
+    with onednn:
         error = float((torch.bmm(a, b) - exact).abs().max())
     return error < 1e-3  # 1e-4 in float32, .3 in bfloat16; the numbers are about 23
 

@@ -18,7 +18,9 @@ from tune_steel.tasks import STEEL_TASKS
 
 _MOST_FOLDS = 20
 _LEAST_SHARE = 0.01
-_LEAST_MEMORY = 50_000_000
+_LEAST_MEMORY, _MOST_MEMORY = 50_000_000, 10**18
+_MOST_SECONDS = 10 * 365 * 86_400
+_MOST = 10**9
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 _CHANGED_AT_WILL = frozenset(["max_failures", "address", "data", "space", "source", "profile"])
 """What a resumed run may be given anew; of data and space, only the place may be another."""
@@ -31,7 +33,7 @@ def parse_duration(name: str, text: str) -> float:
     """Seconds of `90`, `90s`, `10m`, `1h30m`.
 
     Raises:
-        OptionError: Something else, or nothing above 0.
+        OptionError: Something else, nothing above 0, or more than ten years.
     """
     parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
     try:
@@ -41,7 +43,7 @@ def parse_duration(name: str, text: str) -> float:
         )
     except ValueError:
         seconds = 0
-    if not seconds > 0:
+    if not 0 < seconds <= _MOST_SECONDS:
         raise OptionError(f"{name} {text}: allowed are times like 90s, 10m or 1h30m")
     return seconds
 
@@ -50,13 +52,13 @@ def parse_memory(name: str, text: str) -> int:
     """Bytes of `500MB`, `2GiB`.
 
     Raises:
-        OptionError: Something else, or less than torch can live with.
+        OptionError: Something else, less than torch can live with, or more than there is.
     """
     try:
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
         size = 0
-    if size < _LEAST_MEMORY:
+    if not _LEAST_MEMORY <= size <= _MOST_MEMORY:
         raise OptionError(f"{name} {text}: allowed are sizes from 50MB, like 500MB or 2GB")
     return size
 
@@ -156,7 +158,7 @@ class Options:
         self._at_least("--max-failures", self.max_failures, 0)
         self._at_least("--max-epochs", self.max_epochs, 1)
         self._at_least("--reduction-factor", self.reduction_factor, 2)
-        self._at_least("--seed", self.seed, 0)
+        self._at_least("--seed", self.seed, 0, most=2**63 - 1)
         resources = self.resources
         if resources.concurrency is not None:
             self._at_least("--concurrency", resources.concurrency, 1)
@@ -251,9 +253,11 @@ class Options:
         )
 
     @staticmethod
-    def _at_least(name: str, value: int, least: int) -> None:
+    def _at_least(name: str, value: int, least: int, most: int = _MOST) -> None:
         if value < least:
             raise OptionError(f"{name} {value}: must be at least {least}")
+        if value > most:
+            raise OptionError(f"{name} {value}: must be at most {most}")
 
 
 def _plain(value: object) -> object:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -197,8 +197,20 @@ def load_model(folder: Path | str) -> FittedModel:
         weights = load_file(folder / "weights.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: no model can be read there ({error})") from None
-    if description.get("format") != _FORMAT:
-        raise DataError(f"{folder}: model format {description.get('format')}, known is {_FORMAT}")
+    known = description.get("format") if isinstance(description, dict) else None
+    if known != _FORMAT:
+        raise DataError(f"{folder}: model format {known}, known is {_FORMAT}")
+    try:
+        return _model_of(description, arrays, weights)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{folder}: the model there is damaged ({error!r})") from None
+
+
+def _model_of(
+    description: dict[str, Any],
+    arrays: Mapping[str, NDArray[np.float64]],
+    weights: Mapping[str, Tensor],
+) -> FittedModel:
     schema = Schema(
         numeric=tuple(description["schema"]["numeric"]),
         flagged=tuple(description["schema"]["flagged"]),

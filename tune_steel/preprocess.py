@@ -17,6 +17,7 @@ from tune_steel.features import Features, Floats, Ints, Schema
 
 _MOST_QUANTILES = 1000
 _FARTHEST = 1e4  # in scales from the center; in a table of fewer than 1e8 rows none is as far
+_SMALLEST = 1e-140
 _TAIL = 1e-7  # scikit-learn's QuantileTransformer clips there: +-5.2 standard deviations
 
 
@@ -130,12 +131,13 @@ def _column_quantiles(x: Floats, references: Floats) -> Floats:
 
 
 def _inverse(scale: Floats, x: Floats) -> Floats:
-    """1 / scale, and 0 where a column is constant in a fold.
+    """1 / scale, and 0 where a column is constant in a fold, or too small for a scale.
 
     Its networks could learn nothing of such a column, and another value in it would meet weights
     that were never trained, in whatever unit it has.
     """
     constant = x.min(axis=0) == x.max(axis=0)  # its deviation may be a rounding error
+    constant |= scale < _SMALLEST  # the squares of such numbers underflow
     return np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, scale))
 
 

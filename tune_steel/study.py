@@ -99,14 +99,18 @@ def run_lock(journal: Path) -> Iterator[None]:
         os.close(file)
 
 
-def heal_journal(journal: Path) -> str | None:
+def heal_journal(journal: Path, original: Path | None = None) -> str | None:
     """Makes a journal readable that its writer did not finish; returns what was done.
 
     A last line without its end is what a full disk or a power cut leaves: it was never told to
     anybody, so it goes. The lock of Optuna's own that a killed process left would be waited for.
 
+    Args:
+        journal: The file.
+        original: What it is a copy of, if it is one.
+
     Raises:
-        RunError: A line is no JSON; what came after it may depend on it.
+        RunError: A line is no operation in JSON; what came after it may depend on it.
     """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     whole = 0
@@ -114,20 +118,25 @@ def heal_journal(journal: Path) -> str | None:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                json.loads(line)
-            except ValueError:
+            if not _is_operation(line):
                 raise RunError(
-                    f"{journal}: line {number} is damaged (no JSON), so the trials after it "
+                    f"{original or journal}: line {number} is damaged, so the trials after it "
                     "cannot be trusted; put a backup of the file in its place, or begin a new run "
                     "with --warm-start and this run's trials.parquet"
-                ) from None
+                )
             whole += len(line)
     lost = journal.stat().st_size - whole
     if not lost:
         return None
     os.truncate(journal, whole)
     return f"the last line of {journal.name} was cut off in the middle and has been removed"
+
+
+def _is_operation(line: bytes) -> bool:
+    try:
+        return "op_code" in dict(json.loads(line))
+    except (TypeError, ValueError):
+        return False
 
 
 def open_study(journal: Path, name: str) -> optuna.Study:
@@ -152,7 +161,7 @@ def copy_of_study(journal: Path, name: str) -> optuna.Study:
         copied = Path(scratch) / "study.journal"
         try:
             shutil.copyfile(journal, copied)
-            heal_journal(copied)
+            heal_journal(copied, journal)
             storage = Storage(copied)
             found = optuna.load_study(study_name=name, storage=storage)
         except (OSError, KeyError) as error:

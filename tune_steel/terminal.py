@@ -15,10 +15,21 @@ def show(text: str) -> None:
     write(sys.stdout, text)
 
 
-def write(stream: TextIO, text: str) -> None:
-    """Writes and flushes; gives the stream up where the reader is gone or its disk is full."""
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody may be looking; a process can be started without a stream."""
+    return stream is not None and stream.isatty()
+
+
+def write(stream: TextIO | None, text: str) -> None:
+    """Writes and flushes; gives the stream up where the reader is gone or its disk is full.
+
+    What its encoding does not have becomes a question mark.
+    """
+    if stream is None:
+        return
+    encoding = stream.encoding or "utf-8"
     try:
-        stream.write(text)
+        stream.write(text.encode(encoding, "replace").decode(encoding))
         stream.flush()
     except OSError:
         # What is left in the buffer would fail again when the interpreter ends.
