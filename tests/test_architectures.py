@@ -5,7 +5,13 @@ from plain_network import copy_linear, generators, normal
 from torch import nn
 from torch.nn import functional
 
-from tune_steel.architectures import StackedNCA, StackedResNet, StackedTabM, make_network
+from tune_steel.architectures import (
+    StackedNCA,
+    StackedResNet,
+    StackedTabM,
+    _MaskedReLU,
+    make_network,
+)
 from tune_steel.config import ModelConfig, OptimizerConfig
 from tune_steel.dropout import DropoutMasks
 from tune_steel.fused import Adam, Backprop, Recorded
@@ -272,3 +278,18 @@ def test_a_network_that_was_stored_comes_back_with_its_neighbours():
     again = network_of("nca", 3, 4)
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(x), network(x))
+
+
+def test_a_masked_relu_equals_the_product_to_the_bit():
+    x, gradient = normal(2, 9, 7, seed=0), normal(2, 9, 7, seed=1)
+    x[0, 0] = 0
+    mask = (normal(2, 9, 7, seed=2) > -0.5).float() * 1.5
+    plain = x.clone().requires_grad_()
+    expected = plain.relu() * mask
+    expected.backward(gradient)
+    ours = x.clone().requires_grad_()
+    out = _MaskedReLU.apply(ours.clone(), mask)
+    out.backward(gradient)
+    assert torch.equal(out, expected)
+    assert torch.equal(ours.grad, plain.grad)
+    assert 0.2 < float((out > 0).double().mean()) < 0.8

@@ -104,7 +104,8 @@ def test_the_head_makes_the_token_and_the_workers_get_it():
 
 def test_workers_get_the_settings_that_those_of_a_private_ray_have():
     (start,) = [c for c in written()["worker_start_ray_commands"] if "ray start" in c]
-    names = {n for n in os.environ if n.startswith("MALLOC_")} | {"RAY_memory_monitor_refresh_ms"}
-    assert len(names) == 4
+    names = {n for n in os.environ if n.startswith("MALLOC_")}
+    names |= {"GLIBC_TUNABLES", "RAY_memory_monitor_refresh_ms"}
+    assert len(names) == 5
     for name in names:
         assert f" {name}={os.environ[name]} " in start

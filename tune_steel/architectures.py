@@ -66,9 +66,30 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # In evaluation a batch norm overwrites what it is given.
-        hidden = self.up(self.norm(x if self.training else x.clone())).relu()
-        out: Tensor = self.down(hidden if mask is None else hidden * mask)
-        return out.add(x)
+        hidden: Tensor = self.up(self.norm(x if self.training else x.clone()))
+        hidden = (
+            hidden.relu_() if mask is None else _MaskedReLU.apply(hidden, mask)  # type: ignore[no-untyped-call]
+        )
+        out: Tensor = self.down(hidden)
+        return out.add_(x)
+
+
+class _MaskedReLU(torch.autograd.Function):
+    """relu(x) * mask in place of x, for masks of 0 and above; autograd would keep relu(x), too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        out = x.relu_().mul_(mask)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(out, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        out, mask = ctx.saved_tensors
+        product = gradient * mask
+        torch.ops.aten.threshold_backward.grad_input(product, out, 0, grad_input=product)
+        return product, None
 
 
 class StackedResNet(_Embedded):
