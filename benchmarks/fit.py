@@ -109,11 +109,11 @@ class StackedMKL(Stacked):
     """The same without oneDNN."""
 
     def train(self) -> None:
-        with patch.object(matmul, "onednn_is_better", return_value=False):
+        with patch.object(matmul, "onednn_is_better", lambda: False):
             super().train()
 
     def score(self) -> list[float]:
-        with patch.object(matmul, "onednn_is_better", return_value=False):
+        with patch.object(matmul, "onednn_is_better", lambda: False):
             return super().score()
 
 

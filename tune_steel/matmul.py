@@ -1,7 +1,7 @@
 """Batched matrix products, by the faster of the two libraries that torch brings for a CPU.
 
 torch gives float32 matrices to MKL, which leaves half of the AVX-512 units of AMD's Zen 5 idle;
-oneDNN, in the same torch, takes 40 to 60 % of the time there (benchmarks/fit.py). torch gives
+oneDNN, in the same torch, takes about half of the time there (benchmarks/fit.py). torch gives
 them to oneDNN only where products may be computed in bfloat16. On a CPU that has no matrix units
 for bfloat16, and AMD's have none, they are computed in float32 all the same; that is checked.
 """
