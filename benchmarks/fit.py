@@ -251,7 +251,7 @@ class Floor:
     def train(self) -> None:
         for batch in self.batches:
             for a, b, out in batch:
-                matmul.bmm(a, b, out=out)
+                matmul.product(a, b, out=out)
 
     def score(self) -> list[float]:
         return []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tune_steel import matmul
-from tune_steel.matmul import baddbmm, bmm
+from tune_steel.matmul import product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,12 +62,12 @@ def test_a_product_is_that_of_double_precision_whatever_its_strides(library, sha
     for left in (a, a.transpose(1, 2).contiguous().transpose(1, 2)):
         for right in (b, b.transpose(1, 2).contiguous().transpose(1, 2)):
             out = torch.empty_like(exact, dtype=torch.float32)
-            assert bmm(left, right, out=out) is out
-            for found in (out, bmm(left, right)):
+            assert product(left, right, out=out) is out
+            for found in (out, product(left, right)):
                 torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
             for bias in (column, row):
-                assert baddbmm(bias, left, right, out=out) is out
-                for found in (out, baddbmm(bias, left, right)):
+                assert product(left, right, bias, out=out) is out
+                for found in (out, product(left, right, bias)):
                     torch.testing.assert_close(found.double(), exact + bias, rtol=0, atol=1e-4)
 
 
@@ -77,27 +77,28 @@ def test_gradients_are_those_of_torch(library, shape, bias_shape):
     r, n, _, k = shape
     weights = draw((r, n, k), 4).double()
 
-    def gradients(multiply, add, dtype):
+    def gradients(multiply, dtype):
         a, b = (f.detach().to(dtype).requires_grad_() for f in factors(shape))
         if bias_shape is None:
-            given, out = (a, b), multiply(a, b)
+            given, out = (a, b), multiply(a, b, None)
         else:
             bias = draw((r, n, 1) if bias_shape == "column" else (r, 1, k), 2).to(dtype)
             given = (bias.requires_grad_(), a, b)
-            out = add(*given)
+            out = multiply(a, b, bias)
         return torch.autograd.grad((out.double() * weights).sum(), given)
 
-    ours = gradients(bmm, baddbmm, torch.float32)
-    for found, expected in zip(
-        ours, gradients(torch.bmm, torch.baddbmm, torch.float64), strict=True
-    ):
+    def plain(a, b, bias):
+        return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)
+
+    ours, theirs = gradients(product, torch.float32), gradients(plain, torch.float64)
+    for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
 
 
 def test_a_factor_without_a_gradient_costs_no_product(monkeypatch, chosen):
     monkeypatch.setattr(matmul, "onednn_is_better", lambda: True)
     a, b = factors(LARGE)
-    bmm(a, b.requires_grad_()).sum().backward()
+    product(a, b.requires_grad_()).sum().backward()
     assert len(chosen) == 2
     assert b.grad.shape == b.shape
 
@@ -106,15 +107,15 @@ def test_only_large_products_of_the_cpu_go_to_onednn(monkeypatch, chosen):
     monkeypatch.setattr(matmul, "onednn_is_better", lambda: True)
     for shape in (SMALL, LARGE):
         a, b = factors(shape)
-        bmm(a, b)
-        baddbmm(a[:, :, :1], a, b)
+        product(a, b)
+        product(a, b, a[:, :, :1])
     assert chosen == ["none", "none", "bf16", "bf16"]
     monkeypatch.setattr(matmul, "onednn_is_better", lambda: False)
-    bmm(*factors(LARGE))
+    product(*factors(LARGE))
     assert chosen[4:] == ["none"]
     elsewhere = (f.to("meta") for f in factors(LARGE))
     monkeypatch.setattr(matmul, "onednn_is_better", lambda: True)
-    bmm(*elsewhere)
+    product(*elsewhere)
     assert chosen[5:] == ["none"]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tune_steel.config import ModelConfig
 from tune_steel.embeddings import Embedding, make_embedding
-from tune_steel.matmul import baddbmm
+from tune_steel.matmul import product
 from tune_steel.neighbours import class_shares, class_shares_of_batch
 from tune_steel.networks import (
     ACTIVATIONS,
@@ -87,9 +87,9 @@ class _MaskedReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         out, mask = ctx.saved_tensors
-        product = gradient * mask
-        torch.ops.aten.threshold_backward.grad_input(product, out, 0, grad_input=product)
-        return product, None
+        masked = gradient * mask
+        torch.ops.aten.threshold_backward.grad_input(masked, out, 0, grad_input=masked)
+        return masked, None
 
 
 class StackedResNet(_Embedded):
@@ -201,7 +201,7 @@ class StackedTabM(_Embedded):
             x = self._activate(x)
             if masks:
                 x = x * masks[i].view(len(x), rows, members, -1).transpose(1, 2)
-        flat = baddbmm(self.head_bias.flatten(0, 1), x.flatten(0, 1), self.head.flatten(0, 1))
+        flat = product(x.flatten(0, 1), self.head.flatten(0, 1), self.head_bias.flatten(0, 1))
         return flat.view(*x.shape[:2], *flat.shape[1:])
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tune_steel.config import ModelConfig
-from tune_steel.matmul import baddbmm, bmm
+from tune_steel.matmul import product
 from tune_steel.networks import uniform
 
 _LEAST_ROWS_A_LEAF = 8
@@ -100,8 +100,8 @@ class _Waves(torch.autograd.Function):
         ctx.save_for_backward(x, linear, weight)
         out = x.new_empty(len(x), weight.shape[1], x.shape[2])
         for part in _parts(x, weight):
-            waves = bmm(linear[part], x[part]).cos_()
-            baddbmm(bias[part], weight[part], waves, out=out[part])
+            waves = product(linear[part], x[part]).cos_()
+            product(weight[part], waves, bias[part], out=out[part])
         return out
 
     @staticmethod
@@ -110,10 +110,10 @@ class _Waves(torch.autograd.Function):
         gradient = gradient.contiguous()
         of_weight, of_linear = torch.empty_like(weight), torch.empty_like(linear)
         for part in _parts(x, weight):
-            angle = bmm(linear[part], x[part])
-            bmm(gradient[part], angle.cos().transpose(1, 2), out=of_weight[part])
-            slope = bmm(weight[part].transpose(1, 2), gradient[part]).mul_(angle.sin_())
-            bmm(slope, x[part].transpose(1, 2), out=of_linear[part])
+            angle = product(linear[part], x[part])
+            product(gradient[part], angle.cos().transpose(1, 2), out=of_weight[part])
+            slope = product(weight[part].transpose(1, 2), gradient[part]).mul_(angle.sin_())
+            product(slope, x[part].transpose(1, 2), out=of_linear[part])
         return None, of_linear.neg_(), of_weight, gradient.sum(2, keepdim=True)
 
 
@@ -226,7 +226,7 @@ def make_embedding(
 def _each(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer for each feature: [R, P, in, B] -> [R, P, out, B], one batched matmul."""
     flat, matrices = x.flatten(0, 1), weight.flatten(0, 1)
-    out = bmm(matrices, flat) if bias is None else baddbmm(bias.flatten(0, 1), matrices, flat)
+    out = product(matrices, flat, None if bias is None else bias.flatten(0, 1))
     return out.view(*x.shape[:2], *out.shape[1:])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tune_steel.config import OptimizerConfig
-from tune_steel.matmul import baddbmm, bmm
+from tune_steel.matmul import product
 from tune_steel.networks import (
     Network,
     StackedBatchNorm,
@@ -142,15 +142,13 @@ class _Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         self._x = x
-        if self._bias is None:
-            return bmm(x, self._weight)
-        return baddbmm(self._bias, x, self._weight)
+        return product(x, self._weight, self._bias)
 
     def backward(self, gradient: Tensor) -> Tensor:
-        bmm(self._x.transpose(1, 2), gradient, out=self._weight_gradient)
+        product(self._x.transpose(1, 2), gradient, out=self._weight_gradient)
         if self._bias_gradient is not None:
             torch.sum(gradient, 1, keepdim=True, out=self._bias_gradient)
-        return bmm(gradient, self._weight.transpose(1, 2)) if self._to_input else gradient
+        return product(gradient, self._weight.transpose(1, 2)) if self._to_input else gradient
 
 
 class _Head:
@@ -161,13 +159,13 @@ class _Head:
 
     def forward(self, x: Tensor) -> Tensor:
         self._x = x
-        return baddbmm(self._bias, self._weight, x.transpose(1, 2)).transpose(1, 2)
+        return product(self._weight, x.transpose(1, 2), self._bias).transpose(1, 2)
 
     def backward(self, gradient: Tensor) -> Tensor:
         outputs_first = gradient.transpose(1, 2).contiguous()
-        bmm(outputs_first, self._x, out=self._weight_gradient)
+        product(outputs_first, self._x, out=self._weight_gradient)
         torch.sum(outputs_first, 2, keepdim=True, out=self._bias_gradient)
-        return bmm(gradient, self._weight)
+        return product(gradient, self._weight)
 
 
 class _BatchNorm:
@@ -197,11 +195,11 @@ class _BatchNorm:
 
     def backward(self, gradient: Tensor) -> Tensor:
         torch.sum(gradient, 1, keepdim=True, out=self._bias_gradient)
-        product = gradient * self._centred
-        torch.sum(product, 1, keepdim=True, out=self._weight_gradient)
+        weighted = gradient * self._centred
+        torch.sum(weighted, 1, keepdim=True, out=self._weight_gradient)
         slope = self._weight_gradient.mul_(self._inverse) * self._inverse
         # What the input moves through the mean and through the variance.
-        indirect = torch.addcmul(self._bias_gradient, self._centred, slope, out=product)
+        indirect = torch.addcmul(self._bias_gradient, self._centred, slope, out=weighted)
         return gradient.sub_(indirect, alpha=1 / gradient.shape[1]).mul_(self._scale)
 
 

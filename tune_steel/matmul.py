@@ -27,48 +27,43 @@ _KERNELS = 24
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`torch.bmm`: [R, n, m] times [R, m, k] is [R, n, k]."""
-    if not _is_large(a, b):
-        return torch.bmm(a, b, out=out)
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`torch.bmm`, or with a bias `torch.baddbmm`: [R, n, m] times [R, m, k] is [R, n, k].
+
+    The bias is [R, 1 or n, 1 or k].
+    """
+    if a.numel() * b.shape[2] < _WORTHWHILE or not a.is_cpu or not onednn_is_better():
+        return _plain(a, b, bias, out)
     if out is None and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _Product.apply(None, a, b)  # type: ignore[no-any-return, no-untyped-call]
+        return _Product.apply(a, b, bias)  # type: ignore[no-any-return, no-untyped-call]
     with onednn:
-        return torch.bmm(a, b, out=out)
+        return _plain(a, b, bias, out)
 
 
-def baddbmm(bias: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`torch.baddbmm`: the product plus a bias [R, 1 or n, 1 or k]."""
-    if not _is_large(a, b):
-        return torch.baddbmm(bias, a, b, out=out)
-    if out is None and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _Product.apply(bias, a, b)  # type: ignore[no-any-return, no-untyped-call]
-    with onednn:
-        return torch.baddbmm(bias, a, b, out=out)
+def _plain(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.bmm(a, b, out=out)
+    return torch.baddbmm(bias, a, b, out=out)
 
 
 class _Product(torch.autograd.Function):
-    """A product whose gradients come from the functions above, too."""
+    """A product whose gradients are products of the function above, too."""
 
     @staticmethod
-    def forward(ctx: Any, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.shape = None if bias is None else bias.shape
-        return bmm(a, b) if bias is None else baddbmm(bias, a, b)
+        return product(a, b, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        of_bias, of_a, of_b = ctx.needs_input_grad
+        of_a, of_b, of_bias = ctx.needs_input_grad
         return (
+            product(gradient, b.transpose(1, 2)) if of_a else None,
+            product(a.transpose(1, 2), gradient) if of_b else None,
             gradient.sum_to_size(ctx.shape) if of_bias else None,
-            bmm(gradient, b.transpose(1, 2)) if of_a else None,
-            bmm(a.transpose(1, 2), gradient) if of_b else None,
         )
-
-
-def _is_large(a: Tensor, b: Tensor) -> bool:
-    return a.numel() * b.shape[2] >= _WORTHWHILE and a.is_cpu and onednn_is_better()
 
 
 class _OneDNN:

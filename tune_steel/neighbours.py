@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_steel.matmul import bmm
+from tune_steel.matmul import product
 
 
 @torch.no_grad()
@@ -73,10 +73,10 @@ class _ClassShares(torch.autograd.Function):
         of_left, of_right = torch.empty_like(left), torch.empty_like(right)
         for part in _replicas(left):
             # Of a distance, divided by it: what the difference of its two points is times.
-            pull = bmm(of_class[part], one_hot[part])
+            pull = product(of_class[part], one_hot[part])
             pull.mul_(weights[part]).div_(distances[part])
-            bmm(pull, right[part], out=of_left[part])  # [pull b, sums of rows, _]
-            bmm(pull.transpose(1, 2), left[part], out=of_right[part])  # [-2 pull' a, _, sums]
+            product(pull, right[part], out=of_left[part])  # [pull b, sums of rows, _]
+            product(pull.transpose(1, 2), left[part], out=of_right[part])  # [-2 pull' a, _, sums]
         width = right.shape[2] - 2
         points = right[..., :width]
         out = torch.addcmul(of_right[..., :width] / 2, points, of_right[..., width + 1 :])
@@ -99,7 +99,7 @@ def _right(points: Tensor) -> Tensor:
 
 
 def _distances(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    return bmm(left, right.transpose(1, 2), out=out).clamp_min_(0).sqrt_()
+    return product(left, right.transpose(1, 2), out=out).clamp_min_(0).sqrt_()
 
 
 def _weights(distance: Tensor, out: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ def _weights(distance: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _shares(weights: Tensor, one_hot: Tensor) -> Tensor:
     """With few classes first, the matmul takes a fifth of the time."""
-    return bmm(one_hot, weights.transpose(1, 2)).transpose(1, 2)
+    return product(one_hot, weights.transpose(1, 2)).transpose(1, 2)
 
 
 def _replicas(x: Tensor) -> Iterator[slice]:

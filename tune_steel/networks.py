@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tune_steel.config import ModelConfig
-from tune_steel.matmul import baddbmm, bmm
+from tune_steel.matmul import product
 
 if TYPE_CHECKING:
     from tune_steel.embeddings import Embedding
@@ -53,9 +53,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
-        if self.bias is None:
-            return bmm(x, self.weight)
-        return baddbmm(self.bias, x, self.weight)
+        return product(x, self.weight, self.bias)
 
 
 class StackedHead(nn.Module):
@@ -72,7 +70,7 @@ class StackedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies replica r's layer to x[r]."""
-        return baddbmm(self.bias, self.weight, x.transpose(1, 2)).transpose(1, 2)
+        return product(self.weight, x.transpose(1, 2), self.bias).transpose(1, 2)
 
 
 def uniform(
