@@ -60,7 +60,7 @@ def play(study: optuna.Study, space: Space, trials: int, epochs: int = 3) -> Non
             loss = record.params["optimizer.lr"] + 1 / epoch
             row = {"epoch": epoch, "best_epoch": epoch, "best_val_loss": loss, "node": "here"}
             record.epochs.append(row)
-            report(study, trial, epoch, loss)
+            report(study, [(trial, epoch, loss)])
         record.state = ("COMPLETE", "PRUNED", "FAIL")[record.number % 3]
         tell(study, trial, record)
 

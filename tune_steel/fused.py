@@ -341,19 +341,24 @@ def _flat_parameters(network: Network) -> tuple[Tensor, Tensor, _Gradients]:
     parameters, views = _flat(own)
     for parameter, view in zip(own, views, strict=True):
         parameter.data = view
-    gradients, views = _flat([torch.zeros_like(parameter) for parameter in own])
+    gradients, views = _zeros(own)
     return parameters, gradients, dict(zip(own, views, strict=True))
 
 
 def _flat(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One buffer that holds copies of all, and the view of it that each is.
+    """One buffer that holds copies of all, and the view of it that each is."""
+    flat, views = _zeros(tensors)
+    for view, tensor in zip(views, tensors, strict=True):
+        view.copy_(tensor.detach())
+    return flat, views
+
+
+def _zeros(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One buffer of zeros, and views of it of the shapes of all.
 
     The views are aligned as tensors of their own are: a matmul's last bits depend on it.
     """
     sizes = [-(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
     flat = tensors[0].new_zeros(sum(sizes))
     parts = zip(torch.split(flat, sizes), tensors, strict=True)
-    views = [part[: tensor.numel()].view(tensor.shape) for part, tensor in parts]
-    for view, tensor in zip(views, tensors, strict=True):
-        view.copy_(tensor.detach())
-    return flat, views
+    return flat, [part[: tensor.numel()].view(tensor.shape) for part, tensor in parts]

@@ -21,10 +21,11 @@ _CPU = Path("/proc/cpuinfo")
 _backend: Any = torch.backends.mkldnn
 # Multiplications. A call of oneDNN takes about 12 us longer, which smaller products do not save.
 _WORTHWHILE = 2**21
-# Kernels that oneDNN, and torch's layer above it, keep: one for each shape, some .3 MB. A step has
-# about two dozen; a worker's hundred trials would fill the 1024 places that there are by default.
-_KERNELS = 24
-_CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# Kernels that oneDNN keeps, one for each shape, some .3 MB: a step has about two dozen, and a
+# worker's hundred trials would fill the 1024 places that there are by default. Torch's layer above
+# it would keep them too, each with memory to work in: 13 MB at a large network's peak, and no
+# faster. It cannot keep none.
+_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 24, "LRU_CACHE_CAPACITY": 1}
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -101,8 +102,8 @@ def onednn_is_better() -> bool:
     """Whether this is such a CPU, and oneDNN computes in float32 here."""
     if _vendor() != "AuthenticAMD" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    for capacity in _CAPACITIES:  # read when oneDNN is used first
-        os.environ.setdefault(capacity, str(_KERNELS))
+    for name, capacity in _CAPACITIES.items():  # read when oneDNN is used first
+        os.environ.setdefault(name, str(capacity))
     # Whole numbers of which some have too many bits for bfloat16, and sums that float32 holds.
     drawn = torch.randint(-300, 301, (2, 1, 128, 128), generator=torch.Generator().manual_seed(0))
     a, b = drawn.float()

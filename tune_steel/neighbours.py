@@ -79,7 +79,7 @@ class _ClassShares(torch.autograd.Function):
             product(pull.transpose(1, 2), left[part], out=of_right[part])  # [-2 pull' a, _, sums]
         width = right.shape[2] - 2
         points = right[..., :width]
-        out = torch.addcmul(of_right[..., :width] / 2, points, of_right[..., width + 1 :])
+        out = (of_right[..., :width] / 2).addcmul_(points, of_right[..., width + 1 :])
         batch = out[:, : left.shape[1]]
         batch.sub_(of_left[..., :width])
         batch.addcmul_(points[:, : left.shape[1]], of_left[..., width : width + 1])

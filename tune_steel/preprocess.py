@@ -87,9 +87,11 @@ def fit_preprocessing(
     medians, states = [], []
     for rows in train:
         numeric = features.numeric[rows]
-        empty = np.isnan(numeric).all(axis=0)
-        median = np.nanmedian(np.where(empty, 0.0, numeric), axis=0)
-        complete = np.where(np.isnan(numeric), median, numeric)
+        gaps = np.isnan(numeric)
+        numeric = np.where(gaps.all(axis=0), 0.0, numeric)
+        # NumPy's own look for gaps, column by column, takes a third of a trial's preparation.
+        median = np.nanmedian(numeric, axis=0) if gaps.any() else np.median(numeric, axis=0)
+        complete = np.where(gaps, median, numeric)
         medians.append(median)
         states.append(_fit(scaling, complete, quantiles))
     state = {name: np.stack([s[name] for s in states]) for name in states[0]}

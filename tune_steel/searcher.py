@@ -29,6 +29,7 @@ from tune_steel.space import Space
 from tune_steel.study import (
     ENDED,
     METRIC,
+    Report,
     TrialRecord,
     ask,
     enqueue_again,
@@ -37,6 +38,9 @@ from tune_steel.study import (
     report,
     tell,
 )
+
+# Of an epoch that is written alone, two thirds of the time are the journal's lock and its file.
+_SECONDS_BETWEEN_REPORTS = 0.5
 
 _EPOCH_KEYS = frozenset(
     [
@@ -105,6 +109,8 @@ class StudySearcher(Searcher):
         self._earlier = len(self._order)
         self.ended = sum(r.state in ENDED for r in self.records)
         self._epochs = 0
+        self._reports: list[Report] = []
+        self._reported = 0.0
         self._asked: dict[str, tuple[optuna.Trial, TrialRecord]] = {}
         self._running = 0
         self.background = False
@@ -133,7 +139,7 @@ class StudySearcher(Searcher):
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keeps an epoch and reports its running best to the study."""
+        """Keeps an epoch, and reports its running best to the study soon."""
         trial, record = self._asked[trial_id]
         self._keep(trial, record, result)
 
@@ -212,8 +218,10 @@ class StudySearcher(Searcher):
         record.seconds = float(result["time_total_s"])
         self._epochs += 1
         self.times.add_epoch(result)
-        with self.times.measure("reporting"):
-            self._guarded(lambda: report(self._study, trial, epoch, result[METRIC]))
+        self._reports.append((trial, epoch, result[METRIC]))
+        if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
+            with self.times.measure("reporting"):
+                self._guarded(lambda: report(self._study, self._taken_reports()))
         self.stop.check_epochs(self._epochs)
 
     def _end(
@@ -223,10 +231,16 @@ class StudySearcher(Searcher):
         self._running -= 1
         self.ended += state in ENDED
         with self.times.measure("reporting"):
-            self._guarded(lambda: tell(self._study, trial, record))
+            self._guarded(lambda: tell(self._study, trial, record, self._taken_reports()))
         if state != "INTERRUPTED":
             self._order.append(record)
             self.stop.check_trials(self._order, self._earlier)
+
+    def _taken_reports(self) -> list[Report]:
+        """The epochs that the study does not know yet."""
+        self._reported = time.monotonic()
+        reports, self._reports = self._reports, []
+        return reports
 
     def _guarded(self, write: Callable[[], Any]) -> Any:
         """Writes to the study, unless it could not be written before: then the search ends.

@@ -12,11 +12,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -36,6 +36,9 @@ SCORED = ("COMPLETE", "PRUNED")
 
 ENDED = (*SCORED, "FAIL")
 """States of a trial that used up one of the samples; the config of any other is tried again."""
+
+Report: TypeAlias = tuple[optuna.Trial, int, float]
+"""A trial, an epoch that it ended, and its lowest loss then."""
 
 
 @dataclass
@@ -306,14 +309,17 @@ def _ask(
     return trial, TrialRecord(trial.number, slot, trial_seed, params, config, retry_of)
 
 
-def report(study: optuna.Study, trial: optuna.Trial, epoch: int, loss: float) -> None:
-    """Stores the lowest loss so far; a power cut may undo it, but `tell` says it again."""
+def report(study: optuna.Study, reports: Iterable[Report]) -> None:
+    """Stores lowest losses so far; a power cut may undo it, but `tell` says the curve again."""
     with together(study, durable=False):
-        trial.report(loss, epoch)
+        for trial, epoch, loss in reports:
+            trial.report(loss, epoch)
 
 
-def tell(study: optuna.Study, trial: optuna.Trial, record: TrialRecord) -> None:
-    """Stores all that a trial gave and how it ended."""
+def tell(
+    study: optuna.Study, trial: optuna.Trial, record: TrialRecord, reports: Iterable[Report] = ()
+) -> None:
+    """Stores all that a trial gave and how it ended, and before it some reports."""
     best = record.best
     config = record.config.as_dict()
     attributes = {
@@ -329,6 +335,8 @@ def tell(study: optuna.Study, trial: optuna.Trial, record: TrialRecord) -> None:
         "curve": _columns(record.epochs),
     }
     with together(study, durable=True):
+        for reporting, epoch, loss in reports:
+            reporting.report(loss, epoch)
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
         if record.state == "COMPLETE":
