@@ -40,7 +40,6 @@ import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from ray import tune
 
 import tune_steel.ray_tune
 from benchmarks.page import put
@@ -56,6 +55,7 @@ from tune_steel.searcher import StudySearcher
 from tune_steel.space import Space, load_space, spaces_folder
 from tune_steel.study import begin, open_study
 from tune_steel.tables import write_table
+from tune_steel.trainable import report_each
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "growth.parquet"
 PAGE = Path(__file__).parents[1] / "docs" / "growth.md"
@@ -80,7 +80,7 @@ def idle(seconds: float) -> Callable[..., None]:
     """In the place of training: a learning curve that only the config decides."""
     scores = tuple(SCORES)
 
-    def report(trial: dict[str, Any], max_epochs: int, **_: Any) -> None:
+    def rows(trial: dict[str, Any], max_epochs: int) -> Iterator[dict[str, Any]]:
         rate = float(trial["config"]["optimizer"]["lr"])
         level = 0.4 + 0.05 * abs(math.log10(rate) + 3)
         level += 0.02 * random.Random(trial["seed"]).random()
@@ -90,7 +90,10 @@ def idle(seconds: float) -> Callable[..., None]:
             row: dict[str, Any] = {f"val_{name}": loss for name in scores}
             row |= {"epoch": epoch, "best_epoch": epoch, "best_val_loss": loss, "seconds": seconds}
             row |= {"train_loss": loss, "learning_rate": rate, "fold_val_loss": [loss] * 5}
-            tune.report({**row, "converged": False, "node": "idle"})
+            yield {**row, "converged": False, "node": "idle"}
+
+    def report(trial: dict[str, Any], max_epochs: int, decisive: frozenset[int], **_: Any) -> None:
+        report_each(rows(trial, max_epochs), decisive, time.perf_counter())
 
     return report
 

@@ -41,8 +41,9 @@ def run_here(searcher: StudySearcher, *_: Any, max_epochs: int, **__: Any) -> No
     results: list[dict[str, Any]] = []
     report, tune.report = tune.report, results.append
     try:
+        train: Any = tune_steel.ray_tune.train_trial
         for name in map(str, range(searcher.samples)):
-            tune_steel.ray_tune.train_trial(searcher.suggest(name), max_epochs=max_epochs)  # type: ignore[call-arg]
+            train(searcher.suggest(name), max_epochs=max_epochs, decisive=frozenset())
             for result in results[:-1]:
                 searcher.on_trial_result(name, {**result, "time_total_s": 0.0})
             searcher.on_trial_complete(name, {**results[-1], "time_total_s": 0.0})

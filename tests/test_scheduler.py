@@ -174,10 +174,12 @@ def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch(
 
 
 @pytest.mark.parametrize(("most", "grace", "factor"), SETTINGS)
-def test_asha_stops_trials_at_its_rungs_and_nowhere_else(
-    most: int, grace: int, factor: int
+@pytest.mark.parametrize("name", ["asha", "median", "none"])
+def test_trials_are_stopped_after_decisive_epochs_and_nowhere_else(
+    name: SchedulerName, most: int, grace: int, factor: int
 ) -> None:
-    scheduler = make_scheduler("asha", most, grace, factor)
+    """Workers do not wait for an answer after any other epoch."""
+    scheduler = make_scheduler(name, most, grace, factor)
     stopped_at: list[int] = []
     for slot in range(1, 60):
         losses = [result["val_loss"] for result in curve(slot, most)]
@@ -185,7 +187,11 @@ def test_asha_stops_trials_at_its_rungs_and_nowhere_else(
         assert PAUSE not in said
         if said[-1] == STOP:
             stopped_at.append(len(said))
-    assert set(stopped_at) - {most} == {r for r in rungs(most, grace, factor) if r < most}
+    assert set(stopped_at) - {most} <= scheduler.decisive
+    if name == "asha":
+        assert set(stopped_at) - {most} == {r for r in rungs(most, grace, factor) if r < most}
+    else:
+        assert bool(set(stopped_at) - {most}) == bool(scheduler.decisive)
 
 
 @pytest.mark.parametrize(("most", "grace", "factor"), SETTINGS)

@@ -104,6 +104,35 @@ def test_a_trial_that_ran_to_its_end_is_complete_with_its_best_loss(
     assert trial.user_attrs["seconds"] == 9.0
 
 
+def test_epochs_are_written_together_and_before_the_end_of_any_trial(
+    searcher: StudySearcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report alone costs the journal's lock and file; a kill may lose half a second of them."""
+    now = 100.0
+    monkeypatch.setattr(tune_steel.searcher.time, "monotonic", lambda: now)
+    losses = [0.9, 0.8, 0.7, 0.6, 0.5]
+    for name in "ab":
+        searcher.suggest(name)
+
+    def written() -> list[list[int]]:
+        return [list(trial.intermediate_values) for trial in stored(tmp_path)]
+
+    searcher.on_trial_result("a", result(1, losses))
+    assert written() == [[1], []]
+    searcher.on_trial_result("a", result(2, losses))
+    searcher.on_trial_result("b", result(1, losses))
+    assert written() == [[1], []]
+    now += 1
+    searcher.on_trial_result("b", result(2, losses))
+    assert written() == [[1, 2], [1, 2]]
+    searcher.on_trial_result("b", result(3, losses))
+    searcher.on_trial_complete("a", result(3, losses))
+    assert written() == [[1, 2, 3], [1, 2, 3]]
+    searcher.on_trial_result("b", result(4, losses))
+    searcher.close()
+    assert written() == [[1, 2, 3], [1, 2, 3, 4]]
+
+
 def test_a_trial_that_stopped_itself_early_is_complete(
     searcher: StudySearcher, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def run_trials(
             train_trial,
             development=development,
             max_epochs=max_epochs,
+            decisive=scheduler.decisive,
             threads=resources.threads,
             device="cuda" if resources.gpus_per_trial > 0 else "cpu",
             memory=resources.memory,

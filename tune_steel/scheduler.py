@@ -23,9 +23,14 @@ class KeepsReference(TrialScheduler):
     """The space's default, slot 0, always runs to its end; it counts like any other trial.
 
     Its full curve is what the winner is compared with.
+
+    Attributes:
+        max_epochs: The most epochs of a trial.
+        decisive: Epochs after which it may stop a trial.
     """
 
     max_epochs: int
+    decisive: frozenset[int]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides after an epoch whether the trial goes on."""
@@ -111,6 +116,7 @@ def make_scheduler(
             grace_period=grace_period,
             reduction_factor=reduction_factor,
         )
+        scheduler.decisive = frozenset(rungs(max_epochs, grace_period, reduction_factor))
     elif name == "median":
         scheduler = Median(
             time_attr="training_iteration",
@@ -118,8 +124,10 @@ def make_scheduler(
             mode="min",
             grace_period=grace_period,
         )
+        scheduler.decisive = frozenset(range(grace_period, max_epochs))
     else:
         scheduler = Everything()  # type: ignore[no-untyped-call]
+        scheduler.decisive = frozenset()
     scheduler.max_epochs = max_epochs
     return scheduler
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tune_steel.ray_environment  # noqa: F401
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -40,6 +41,7 @@ def train_trial(
     trial: dict[str, Any],
     development: Development,
     max_epochs: int,
+    decisive: frozenset[int],
     threads: int,
     device: str,
     memory: int | None,
@@ -51,17 +53,12 @@ def train_trial(
         trial: `number`, `slot`, `seed` and `config` of the trial, as the searcher gave them.
         development: The development rows, shared by all trials of a node.
         max_epochs: The most epochs.
+        decisive: As of `report_each`.
         threads: Threads of torch.
         device: `cpu` or `cuda`.
         memory: Bytes that the trial may allocate, if there is a limit.
         epoch_timeout: Seconds that an epoch may take before the worker is given up.
     """
-    resumed, waited = time.perf_counter(), 0.0
-    from tune_steel.fit import Fit, prepare_process  # torch is the worker's, not the driver's
-
-    prepare_process(threads)
-    release_memory()
-    limit_memory(memory)
 
     def epochs() -> Iterator[EpochRecord]:
         fit = Fit(
@@ -73,13 +70,44 @@ def train_trial(
         )
         yield from fit.epochs(max_epochs)
 
-    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    for record in watched(epochs(), epoch_timeout):
-        row = report_row(record)
-        reported = time.perf_counter()
-        preparing = reported - resumed - record.seconds
-        tune.report(
-            {**row, "node": node, "preparing_seconds": preparing, "waiting_seconds": waited}
-        )
-        resumed = time.perf_counter()
-        waited = resumed - reported
+    def rows() -> Iterator[dict[str, Any]]:
+        prepare_process(threads)
+        release_memory()
+        limit_memory(memory)
+        node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        for record in watched(epochs(), epoch_timeout):
+            yield {**report_row(record), "node": node}
+
+    began = time.perf_counter()
+    from tune_steel.fit import Fit, prepare_process  # torch is the worker's, not the driver's
+
+    report_each(rows(), decisive, began)
+
+
+def report_each(rows: Iterable[dict[str, Any]], decisive: frozenset[int], began: float) -> None:
+    """Reports epochs to the driver, each while the next one is made.
+
+    Args:
+        rows: What is reported, with `epoch` and the `seconds` that it took.
+        decisive: Epochs after which the scheduler may stop the trial: the next one is not made
+            before the driver has asked for it.
+        began: When the trial did, on `time.perf_counter`.
+    """
+    resumed, waited = began, 0.0
+    answer: Future[None] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for row in rows:
+            made = time.perf_counter()
+            preparing = made - resumed - row["seconds"]
+            row |= {"preparing_seconds": preparing, "waiting_seconds": waited}
+            if answer is not None:
+                answer.result()
+            # Tune returns when the driver asks for the next epoch. When it stops the trial, it
+            # ends the thread instead, which `result` passes on.
+            answer = thread.submit(tune.report, row)
+            if row["epoch"] in decisive:
+                answer.result()
+            resumed = time.perf_counter()
+            waited = resumed - made
+        if answer is not None:
+            answer.result()
