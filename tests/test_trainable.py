@@ -5,10 +5,13 @@ The driver is a thread of the test here, in the place of Tune's session; `test_s
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -121,6 +124,37 @@ def test_what_an_epoch_raises_comes_after_the_answer_to_the_one_before(driver: D
     worker.join(10)
     assert isinstance(worker.ended_by, ValueError)
     assert [driver.reports.get(timeout=1)["epoch"] for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize("answers", [[STOP], [None, STOP], [None, None, None]])
+def test_nothing_of_a_trial_that_ended_is_kept(driver: Driver, answers: list[object]) -> None:
+    """A worker trains a hundred of them, and Python looks for cycles after hours only."""
+
+    class Network:
+        pass
+
+    def rows() -> Iterator[dict[str, Any]]:
+        network = Network()
+        kept.append(weakref.ref(network))
+        for epoch in (1, 2, 3):
+            yield {"epoch": epoch, "seconds": 0.0}
+        assert network is not None
+
+    def train() -> None:
+        with suppress(SystemExit):
+            report_each(rows(), frozenset({1}), time.perf_counter())
+
+    kept: list[weakref.ref[Network]] = []
+    for answer in answers:
+        driver.answers.put(answer)
+    gc.disable()
+    try:
+        worker = threading.Thread(target=train)
+        worker.start()
+        worker.join(10)
+        assert [ref() for ref in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_report_says_what_the_trial_waited_and_what_it_prepared(driver: Driver) -> None:

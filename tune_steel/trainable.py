@@ -96,18 +96,23 @@ def report_each(rows: Iterable[dict[str, Any]], decisive: frozenset[int], began:
     resumed, waited = began, 0.0
     answer: Future[None] | None = None
     with ThreadPoolExecutor(1) as thread:
-        for row in rows:
-            made = time.perf_counter()
-            preparing = made - resumed - row["seconds"]
-            row |= {"preparing_seconds": preparing, "waiting_seconds": waited}
+        try:
+            for row in rows:
+                made = time.perf_counter()
+                preparing = made - resumed - row["seconds"]
+                row |= {"preparing_seconds": preparing, "waiting_seconds": waited}
+                if answer is not None:
+                    answer.result()
+                # Tune returns when the driver asks for the next epoch. When it stops the trial,
+                # it ends the thread instead, which `result` passes on.
+                answer = thread.submit(tune.report, row)
+                if row["epoch"] in decisive:
+                    answer.result()
+                resumed = time.perf_counter()
+                waited = resumed - made
             if answer is not None:
                 answer.result()
-            # Tune returns when the driver asks for the next epoch. When it stops the trial, it
-            # ends the thread instead, which `result` passes on.
-            answer = thread.submit(tune.report, row)
-            if row["epoch"] in decisive:
-                answer.result()
-            resumed = time.perf_counter()
-            waited = resumed - made
-        if answer is not None:
-            answer.result()
+        finally:
+            # What it raises knows this frame: together they would keep the trial's memory until
+            # Python looks for cycles.
+            answer = None
