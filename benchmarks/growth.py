@@ -93,7 +93,7 @@ def idle(seconds: float) -> Callable[..., None]:
             yield {**row, "converged": False, "node": "idle"}
 
     def report(trial: dict[str, Any], max_epochs: int, decisive: frozenset[int], **_: Any) -> None:
-        report_each(rows(trial, max_epochs), decisive, time.perf_counter())
+        report_each(rows(trial, max_epochs), decisive)
 
     return report
 

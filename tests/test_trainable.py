@@ -62,7 +62,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            report_each(self.rows(), self._decisive, time.perf_counter())
+            report_each(self.rows(), self._decisive)
         except BaseException as error:
             self.ended_by = error
 
@@ -142,7 +142,7 @@ def test_nothing_of_a_trial_that_ended_is_kept(driver: Driver, answers: list[obj
 
     def train() -> None:
         with suppress(SystemExit):
-            report_each(rows(), frozenset({1}), time.perf_counter())
+            report_each(rows(), frozenset({1}))
 
     kept: list[weakref.ref[Network]] = []
     for answer in answers:

@@ -60,17 +60,19 @@ def train_trial(
         epoch_timeout: Seconds that an epoch may take before the worker is given up.
     """
 
-    def epochs() -> Iterator[EpochRecord]:
-        fit = Fit(
-            TrialConfig.model_validate(trial["config"]),
-            development,
-            development.folds,
-            replica_seeds(trial["seed"], len(development.folds)),
-            device,
-        )
-        yield from fit.epochs(max_epochs)
-
     def rows() -> Iterator[dict[str, Any]]:
+        from tune_steel.fit import Fit, prepare_process  # torch is the worker's, not the driver's
+
+        def epochs() -> Iterator[EpochRecord]:
+            fit = Fit(
+                TrialConfig.model_validate(trial["config"]),
+                development,
+                development.folds,
+                replica_seeds(trial["seed"], len(development.folds)),
+                device,
+            )
+            yield from fit.epochs(max_epochs)
+
         prepare_process(threads)
         release_memory()
         limit_memory(memory)
@@ -78,22 +80,18 @@ def train_trial(
         for record in watched(epochs(), epoch_timeout):
             yield {**report_row(record), "node": node}
 
-    began = time.perf_counter()
-    from tune_steel.fit import Fit, prepare_process  # torch is the worker's, not the driver's
-
-    report_each(rows(), decisive, began)
+    report_each(rows(), decisive)
 
 
-def report_each(rows: Iterable[dict[str, Any]], decisive: frozenset[int], began: float) -> None:
+def report_each(rows: Iterable[dict[str, Any]], decisive: frozenset[int]) -> None:
     """Reports epochs to the driver, each while the next one is made.
 
     Args:
         rows: What is reported, with `epoch` and the `seconds` that it took.
         decisive: Epochs after which the scheduler may stop the trial: the next one is not made
             before the driver has asked for it.
-        began: When the trial did, on `time.perf_counter`.
     """
-    resumed, waited = began, 0.0
+    resumed, waited = time.perf_counter(), 0.0
     answer: Future[None] | None = None
     with ThreadPoolExecutor(1) as thread:
         try:
