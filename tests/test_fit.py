@@ -627,7 +627,7 @@ def test_the_learning_rate_falls_after_the_epochs_without_improvement_that_are_b
 def test_a_run_that_overfits_ends_by_early_stopping_and_its_best_epoch_can_be_trained_again():
     development = develop()
     config = config_of(
-        lr=0.05, plateau_patience=1, early_stop_patience=4, early_stop_min_delta=0.02, dropout=0.1
+        lr=0.1, plateau_patience=1, early_stop_patience=4, early_stop_min_delta=0.02, dropout=0.1
     )
     fit = Fit(config, development, development.folds, SEEDS)
     records = list(fit.epochs(80))

