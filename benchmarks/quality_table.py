@@ -57,10 +57,10 @@ def publish(folder: Path) -> None:
 
 
 def brief(rows: pd.DataFrame) -> str:
-    """Three tables of the steel table's tasks.
+    """Tables of the steel table's tasks.
 
-    The methods that ran on all folds of a task; those that ran on a part of them, beside the final
-    model on the same part; the final model less each tuned booster.
+    For each repeat the methods that ran on all its folds of a task, and those that ran on a part
+    of them, beside the final model on the same part; then the final model less each tuned booster.
 
     Args:
         rows: `quality.parquet`.
@@ -68,47 +68,12 @@ def brief(rows: pd.DataFrame) -> str:
     scored = rows[rows["error"].isna() & rows["task"].isin(STEEL_TASKS)]
     if scored.empty:
         return "Nothing was measured on the steel table."
-    tasks = list(scored["task"].unique())
-    folds = scored.groupby(["task", "method"]).size()
-    most = folds.groupby("task").transform("max")
-    whole, first = folds == most, scored.iloc[0]
-    ran = sorted(set(most))
-    final = set(
-        scored.groupby("cell")["method"].first()
-    )  # the others come with it, in its seconds
-    stand_in = "; STAND-IN data" if (scored["data_source"] == "stand-in").any() else ""
-    means = scored.groupby(["task", "method"])[[*_COMPARED, "seconds"]].mean()
-    ranks = means[whole]["log_loss"].groupby("task").rank().groupby("method").mean()
     lines = [
-        "Accuracy / balanced accuracy / log-loss, and seconds of the whole job (a run of "
-        "tune_steel's with its ensemble); means over "
-        f"{' or '.join(map(str, ran))} of {first['outer_folds']} outer folds ({first['trials']} "
-        f"trials, {first['threads']} CPUs, seed {first['seed']}{stand_in}); the lowest log-loss "
-        "first, by the mean of its ranks:",
-        "",
-        row("method", *tasks),
-        row("---", *["---"] * len(tasks)),
+        line
+        for repeat in sorted(scored["repeat"].unique())
+        for line in _repeat(repeat, scored[scored["repeat"] == repeat])
     ]
-    for method in ranks.sort_values(kind="stable").index:
-        cells = []
-        for task in tasks:
-            if not whole.get((task, method), False):
-                cells.append("")
-                continue
-            mean = means.loc[(task, method)]
-            seconds = f", {mean['seconds']:.0f} s" if method in final else ""
-            cells.append(_scores(mean) + seconds)
-        lines.append(row(_TITLES.get(method, method), *cells))
-    finals = scored[scored["method"].isin(final)]
-    if parts := [line for task in tasks for line in _parts(task, finals, whole)]:
-        lines += [
-            "",
-            "On a part of the folds, where the means above are no measure:",
-            "",
-            row("task", "method", "folds", "its scores", "the ensemble's on the same folds"),
-            row("---", "---", "---", "---", "---"),
-            *parts,
-        ]
+    tasks = scored["task"].unique()
     against = [line for task in tasks for line in _against(task, scored[scored["task"] == task])]
     if against:
         lines += [
@@ -121,6 +86,55 @@ def brief(rows: pd.DataFrame) -> str:
             *against,
         ]
     return "\n".join(lines)
+
+
+def _repeat(repeat: int, scored: pd.DataFrame) -> Iterator[str]:
+    """The methods on the outer folds of one repeat."""
+    tasks = list(scored["task"].unique())
+    folds = scored.groupby(["task", "method"]).size()
+    most = folds.groupby("task").transform("max")
+    whole, first = folds == most, scored.iloc[0]
+    ran = sorted(set(most))
+    final = set(
+        scored.groupby("cell")["method"].first()
+    )  # the others come with it, in its seconds
+    stand_in = "; STAND-IN data" if (scored["data_source"] == "stand-in").any() else ""
+    means = scored.groupby(["task", "method"])[[*_COMPARED, "seconds"]].mean()
+    ranks = means[whole]["log_loss"].groupby("task").rank().groupby("method").mean()
+    about = (
+        f"means over {' or '.join(map(str, ran))} of {first['outer_folds']} outer folds "
+        f"({first['trials']} trials, {first['threads']} CPUs, seed {first['seed']}{stand_in}); "
+        "the lowest log-loss first, by the mean of its ranks:"
+    )
+    if repeat:
+        yield ""
+        yield f"The same with the rows cut into other outer folds (repeat {repeat}): {about}"
+    else:
+        yield (
+            "Accuracy / balanced accuracy / log-loss, and seconds of the whole job (a run of "
+            f"tune_steel's with its ensemble); {about}"
+        )
+    yield ""
+    yield row("method", *tasks)
+    yield row("---", *["---"] * len(tasks))
+    for method in ranks.sort_values(kind="stable").index:
+        cells = []
+        for task in tasks:
+            if not whole.get((task, method), False):
+                cells.append("")
+                continue
+            mean = means.loc[(task, method)]
+            seconds = f", {mean['seconds']:.0f} s" if method in final else ""
+            cells.append(_scores(mean) + seconds)
+        yield row(_TITLES.get(method, method), *cells)
+    finals = scored[scored["method"].isin(final)]
+    if parts := [line for task in tasks for line in _parts(task, finals, whole)]:
+        yield ""
+        yield "On a part of the folds, where the means above are no measure:"
+        yield ""
+        yield row("task", "method", "folds", "its scores", "the ensemble's on the same folds")
+        yield row("---", "---", "---", "---", "---")
+        yield from parts
 
 
 def _scores(means: pd.Series[float]) -> str:
@@ -163,38 +177,45 @@ def render(rows: pd.DataFrame) -> str:
 def _task(task: str, rows: pd.DataFrame) -> Iterator[str]:
     failed = rows[rows["error"].notna()]
     scored = rows[rows["error"].isna()]
-    first = rows.iloc[0]
-    stand_in = ", STAND-IN data" if (rows["data_source"] == "stand-in").any() else ""
-    ran = rows.groupby("method").size().max()
-    yield (
-        f"**{task}**{stand_in}: means over {ran} of {first['outer_folds']} outer folds "
-        f"({first['trials']} trials, {first['inner_folds']} inner folds, "
-        f"{first['threads']} CPUs, seed {first['seed']})"
-    )
-    yield ""
-    if len(scored):
-        means = scored.groupby("method")[[*_SHOWN, "seconds"]].mean()
-        means["folds"] = scored.groupby("method").size()
-        means = means.sort_values("log_loss")
-        ours = next((name for name in _OURS if name in means.index), None)
-        boosters = means["folds"][means.index.isin(_TUNED_BOOSTERS)]
-        # Means of other folds are no measure of which one is the lowest.
-        boosters = boosters[boosters == boosters.max()]
-        enough = boosters[boosters >= _ENOUGH].index
-        against = [name for name in (*enough[:1], ours) if name is not None]
-        yield row("method", "folds", *_SHOWN.values(), "seconds")
-        yield row("---", *["---:"] * (len(_SHOWN) + 2))
-        for method, mean in means.iterrows():
-            scores = [f"{mean[name]:.3f}" for name in _SHOWN]
-            yield row(str(method), f"{mean['folds']:.0f}", *scores, f"{mean['seconds']:.0f}")
-        yield ""
-        for rival in against:
+    for repeat in sorted(rows["repeat"].unique()):
+        title = f"**{task}, repeat {repeat}**" if repeat else f"**{task}**"
+        yield from _means(title, rows[rows["repeat"] == repeat])
+    # Means of other folds are no measure of which one is the lowest.
+    boosters = scored[scored["method"].isin(_TUNED_BOOSTERS)].groupby("method")["log_loss"]
+    ranked = boosters.agg(["size", "mean"]).query(f"size == size.max() and size >= {_ENOUGH}")
+    means = scored.groupby("method")["log_loss"].mean().sort_values()
+    ours = next((name for name in _OURS if name in means.index), None)
+    for rival in [*ranked.sort_values("mean").index[:1].astype(str), ours]:
+        if rival is not None:
             yield from _differences(rival, list(means.index), scored)
     for cell, part in failed.groupby("cell", sort=False):
         folds = ", ".join(f"{r.repeat}/{r.fold}" for r in part.itertuples())
         yield f"- {cell} was not measured (repeat/fold {folds}): {part['error'].iloc[-1]}"
     if len(failed):
         yield ""
+
+
+def _means(title: str, rows: pd.DataFrame) -> Iterator[str]:
+    """Every method's mean scores on the folds of one repeat."""
+    scored, first = rows[rows["error"].isna()], rows.iloc[0]
+    stand_in = ", STAND-IN data" if (rows["data_source"] == "stand-in").any() else ""
+    ran = rows.groupby("method").size().max()
+    yield (
+        f"{title}{stand_in}: means over {ran} of {first['outer_folds']} outer folds "
+        f"({first['trials']} trials, {first['inner_folds']} inner folds, "
+        f"{first['threads']} CPUs, seed {first['seed']})"
+    )
+    yield ""
+    if scored.empty:
+        return
+    means = scored.groupby("method")[[*_SHOWN, "seconds"]].mean()
+    means["folds"] = scored.groupby("method").size()
+    yield row("method", "folds", *_SHOWN.values(), "seconds")
+    yield row("---", *["---:"] * (len(_SHOWN) + 2))
+    for method, mean in means.sort_values("log_loss").iterrows():
+        scores = [f"{mean[name]:.3f}" for name in _SHOWN]
+        yield row(str(method), f"{mean['folds']:.0f}", *scores, f"{mean['seconds']:.0f}")
+    yield ""
 
 
 def _differences(rival: str, methods: Sequence[str], scored: pd.DataFrame) -> Iterator[str]:

@@ -256,6 +256,27 @@ def test_the_short_table_has_the_means_and_the_ensemble_beside_each_tuned_booste
     assert against[0].endswith("| -0.210 [-0.225, -0.195] better |")
 
 
+def test_means_are_those_of_a_repeat_and_differences_those_of_all_repeats() -> None:
+    rows = pd.DataFrame(
+        [
+            *rows_of("ensemble", *OURS),
+            *rows_of("LightGBM tuned", *THEIRS),
+            *({**row, "repeat": 1} for row in rows_of("ensemble", [0.8] * 5, [0.3] * 5)),
+            *({**row, "repeat": 1} for row in rows_of("LightGBM tuned", [0.6] * 5, [0.3] * 5)),
+        ]
+    ).assign(task="binary")
+    short = quality_table.brief(rows).splitlines()
+    again = next(i for i, line in enumerate(short) if line.startswith("The same with the rows"))
+    assert "| **tune_steel: ensemble** | 0.900 / 0.500 / 0.200, 1 s |" in short[:again]
+    assert "| **tune_steel: ensemble** | 0.800 / 0.500 / 0.300, 1 s |" in short[again:]
+    whole = quality_table.render(rows)
+    assert "**binary**: means over 5 of " in whole
+    assert "**binary, repeat 1**: means over 5 of " in whole
+    # Half of the ten differences in accuracy are 0, half are .2.
+    assert whole.count("| ensemble | 10 | +0.100 [") == 1
+    assert sum("| LightGBM tuned | 10 | +0.100 [" in line for line in short) == 1
+
+
 def test_readme_and_docs_show_what_is_published() -> None:
     rows = pd.read_parquet(quality.PUBLISHED / "quality.parquet")
     for path, text in (
