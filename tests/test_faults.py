@@ -21,7 +21,6 @@ from searches import (
 )
 
 from tune_steel.limits import limit_memory, watched
-from tune_steel.terminal import is_terminal, write
 
 pytestmark = pytest.mark.ray
 FAULTY = (Path(__file__).parent / "faulty_search.py",)
@@ -199,9 +198,14 @@ def test_a_terminal_that_cannot_be_written_costs_no_result(
     assert "Test scores" in (only_run(tmp_path) / "report.txt").read_text()
 
 
-def test_a_process_that_was_started_without_a_stream_says_nothing() -> None:
-    write(None, "a line")
-    assert not is_terminal(None)
+def test_without_standard_streams_a_search_says_nothing_and_ends_well(
+    space_file: Path, tmp_path: Path
+) -> None:
+    arguments = " ".join(map(str, (*small(space_file), "--samples", 2)))
+    command = f"exec {sys.executable} -m tune_steel.search {arguments} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=tmp_path, timeout=240).returncode == 0
+    check_whole(only_run(tmp_path), 2)
+    assert "Test scores" in (only_run(tmp_path) / "report.txt").read_text()
 
 
 def test_a_progress_line_that_raises_ends_nothing() -> None:

@@ -28,7 +28,7 @@ from tune_steel.study import (
     open_study,
     run_lock,
 )
-from tune_steel.terminal import is_terminal, say, show
+from tune_steel.terminal import say, show
 from tune_steel.warm_start import beginning, check_beginning
 
 if TYPE_CHECKING:
@@ -347,9 +347,9 @@ def _finish(
         *([looked_before(looks)] if looks > 1 else []),
     )
     folder.write_report(render(*report, terminal=False))
-    show(render(*report, terminal=is_terminal(sys.stdout)))
+    show(render(*report, terminal=sys.stdout.isatty()))
     if options.profile:
-        show(render(profile_table(profile), terminal=is_terminal(sys.stdout)))
+        show(render(profile_table(profile), terminal=sys.stdout.isatty()))
     show(f"\nresults: {folder.path}\n")
     warn_of_stand_in(problem)
     if signal is not None:

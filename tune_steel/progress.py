@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 
 from tune_steel.searcher import StudySearcher
 from tune_steel.study import ENDED
-from tune_steel.terminal import is_terminal, write
+from tune_steel.terminal import write
 
 
 class ProgressLine(Callback):
@@ -24,7 +24,7 @@ class ProgressLine(Callback):
     def __init__(self, searcher: StudySearcher) -> None:
         self._searcher = searcher
         self._started = time.monotonic()
-        self._terminal = is_terminal(sys.stderr)
+        self._terminal = sys.stderr.isatty()
         self._every = 0.5 if self._terminal else 15.0
         self._next = self._started + self._every
 

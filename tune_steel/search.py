@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tune_steel.errors import OptionError, SearchFailedError, TuneSteelError
-from tune_steel.terminal import say
+from tune_steel.terminal import replace_closed_streams, say
 
 # Imports that take seconds (torch, Ray, pandas) wait until the options are known to be possible.
 
@@ -234,6 +234,7 @@ _FIELDS = {
 
 def main() -> None:
     """The `tune-steel` command."""
+    replace_closed_streams()
     if not sys.platform.startswith("linux"):
         say("error: tune_steel needs Linux; on Windows that is WSL, on a Mac a container")
         sys.exit(EXIT_USAGE)

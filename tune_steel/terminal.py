@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 
@@ -15,18 +16,22 @@ def show(text: str) -> None:
     write(sys.stdout, text)
 
 
-def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody may be looking; a process can be started without a stream."""
-    return stream is not None and stream.isatty()
+def replace_closed_streams() -> None:
+    """Gives the standard streams that the process was started without to the null device.
+
+    Ray does not start without stderr. The next file to be opened, such as a table, would get its
+    number, and with it what libraries print there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
 
 
-def write(stream: TextIO | None, text: str) -> None:
+def write(stream: TextIO, text: str) -> None:
     """Writes and flushes; gives the stream up where the reader is gone or its disk is full.
 
     What its encoding does not have becomes a question mark.
     """
-    if stream is None:
-        return
     encoding = stream.encoding or "utf-8"
     try:
         stream.write(text.encode(encoding, "replace").decode(encoding))
