@@ -260,7 +260,7 @@ def test_without_the_best_trial_on_all_rows_its_fold_models_are_there_all_the_sa
     development, sealed = steel_rows
     trials = [
         trial(decaying_space, development, number=number, **{"optimizer.lr": lr})
-        for number, lr in ((4, 0.1), (5, 0.03), (6, 0.003))
+        for number, lr in ((4, 0.1), (5, 0.03), (6, 0.0003))
     ]
     trials.sort(key=lambda record: record.number != best)
     whole = run(trials, None, (development, replace(sealed)))  # test rows open once
