@@ -46,8 +46,8 @@ from benchmarks.page import put
 from benchmarks.process import machine
 from tune_steel.budget import Budget
 from tune_steel.options import Resources, default_grace_period
+from tune_steel.provenance import git_commit
 from tune_steel.ray_session import RaySession
-from tune_steel.run_folder import git_commit
 from tune_steel.samplers import SearchName
 from tune_steel.scheduler import make_scheduler
 from tune_steel.scores import SCORES

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune_steel.run_folder import processor
+from tune_steel.provenance import processor
 
 _MARK = "TUNE_STEEL_BENCHMARK"
 _EVERY = 0.5

@@ -44,7 +44,7 @@ from benchmarks.rivals import Fold, Method, MissingError, Outcome, Settings
 from tune_steel.data import Table, hash_frame, load_steel
 from tune_steel.errors import OptionError, TuneSteelError
 from tune_steel.features import Floats
-from tune_steel.run_folder import git_commit
+from tune_steel.provenance import git_commit
 from tune_steel.scores import SCORES, score
 from tune_steel.seeds import derive
 from tune_steel.study import run_lock

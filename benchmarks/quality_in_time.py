@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from benchmarks.process import Usage, machine, run
 from tune_steel.data import load_steel
-from tune_steel.run_folder import git_commit
+from tune_steel.provenance import git_commit
 from tune_steel.splits import Development, freeze, prepare
 from tune_steel.tasks import steel_task
 

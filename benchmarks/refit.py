@@ -32,8 +32,8 @@ from tune_steel.features import Floats
 from tune_steel.fit import prepare_process
 from tune_steel.insight import corrected_interval
 from tune_steel.loss import class_weights
+from tune_steel.provenance import git_commit
 from tune_steel.refit import Networks, Plan, Refit, member, refit, retrain, validation_rows
-from tune_steel.run_folder import git_commit
 from tune_steel.scores import score
 from tune_steel.space import load_space, spaces_folder
 from tune_steel.splits import cut, freeze, prepare

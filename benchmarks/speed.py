@@ -65,7 +65,7 @@ from tune_steel.data import load_steel
 from tune_steel.fit import Fit, prepare_process
 from tune_steel.options import default_grace_period
 from tune_steel.preprocess import fit_preprocessing
-from tune_steel.run_folder import git_commit
+from tune_steel.provenance import git_commit
 from tune_steel.seeds import derive
 from tune_steel.space import Params, Space, load_space
 from tune_steel.splits import Development, freeze, prepare

@@ -47,7 +47,7 @@ from tune_steel.data import Table, hash_frame
 from tune_steel.features import Floats
 from tune_steel.fit import Fit, prepare_process
 from tune_steel.insight import corrected_interval
-from tune_steel.run_folder import git_commit
+from tune_steel.provenance import git_commit
 from tune_steel.seeds import derive, replica_seeds
 from tune_steel.space import Leaf, Value, load_space, spaces_folder
 from tune_steel.splits import Development, freeze, prepare

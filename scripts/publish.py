@@ -37,6 +37,8 @@ def collect(folders: list[Path]) -> None:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if record["state"] != "finished":
             sys.exit(f"{folder}: the run is {record['state']}, only finished ones are published")
+        if record.get("resumed"):
+            sys.exit(f"{folder}: the run was resumed; those of one command are published")
         if "+changes" in (record["git_commit"] or "+changes"):
             sys.exit(f"{folder}: the run is not of a clean commit ({record['git_commit']})")
         kept = {key: record[key] for key in _KEPT}
@@ -72,7 +74,7 @@ def figures() -> str:
         for model in models:
             rows = {row["score"]: row for row in mine if row["model"] == model}
             cells = [
-                f"{rows[name]['value']:.3f} [{rows[name]['low']:.3f}, {rows[name]['high']:.3f}]"
+                f"{rows[name]['value']:.3f} " + _interval(rows[name]["low"], rows[name]["high"])
                 for name in _SCORES
             ]
             title = f"{run['task']} ({mine[0]['rows']} test rows)" if model == models[0] else ""
@@ -88,6 +90,10 @@ def figures() -> str:
             f"{run['machine']['cpus']} CPUs"
         )
     return "\n".join(lines)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "[-]" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
 def report() -> str:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
+from searches import options_of
 
+from tune_steel.errors import OptionError
+from tune_steel.options import Options
 from tune_steel.search import main
 
 STAND_IN = ("--task", "binary", "--source", "stand-in")
@@ -202,3 +205,13 @@ def test_another_system_than_linux_is_one_line(
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tune_steel: error: tune_steel needs Linux")
+
+
+def test_a_resumed_run_knows_its_earlier_run_by_a_relative_path_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = Options.from_dict(options_of(warm_start=(Path("results/x"),)).as_dict())
+    before.resumed({"warm_start": (Path("results/x"),)}, {}, {})
+    with pytest.raises(OptionError, match=r"--warm-start results/y: the run .* has .*/results/x"):
+        before.resumed({"warm_start": (Path("results/y"),)}, {}, {})

@@ -109,6 +109,11 @@ def test_the_ensemble_stands_first_and_every_rival_has_figures_of_its_own(
     assert beside.validation["loss"] == default.best["val_loss"]  # type: ignore[index]
     assert done.reproduction_gap == 0
     assert done.confusion.sum() == 97
+    assert ensemble.behind == {}
+    for one in done.models[1:]:
+        for name, gap in one.behind.items():
+            assert gap.value == ensemble.intervals[name].value - one.intervals[name].value
+            assert gap.low is None or gap.high is None or gap.low <= gap.value <= gap.high
     low, high = done.confusion_interval
     assert ((low <= done.confusion) & (done.confusion <= high)).all()
 

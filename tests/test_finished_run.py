@@ -178,7 +178,14 @@ def test_scores_follow_from_the_predictions(finished: tuple[Path, str, str]) -> 
         found = score(rows[["p0", "p1"]].to_numpy(), rows["y"].to_numpy(), weights)
         table = scores[(scores["model"] == model) & (scores["split"] == "test")]
         assert table.set_index("score")["value"].to_dict() == pytest.approx(found, rel=1e-12)
-        assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
+        sure = table[table["low"].notna()]
+        assert len(sure) > 5
+        assert ((sure["low"] <= sure["value"]) & (sure["value"] <= sure["high"])).all()
+        if model != "ensemble":
+            ensemble = scores[(scores["model"] == "ensemble") & (scores["split"] == "test")]
+            gap = ensemble["value"].to_numpy() - table["value"].to_numpy()
+            assert np.array_equal(table["ensemble_minus"], gap)
+            assert (table["ensemble_minus_low"].dropna() <= table["ensemble_minus"]).all()
         assert (table["rows"] == 97).all()
     tuned = test[(test["model"] == "tuned") & test["seed"].notna()]
     mean = tuned.groupby("row")["p1"].mean()

@@ -89,7 +89,7 @@ def away(lr: Any) -> float:
 
 
 def insight_of(records: list[TrialRecord], winner: TrialRecord | None = None) -> Insight:
-    return study_insight(records, winner or records[0], SPACE, MAX_EPOCHS)
+    return study_insight(records, winner or records[0], SPACE, MAX_EPOCHS, adaptive=False)
 
 
 def text_of(insight: Insight) -> str:
@@ -325,9 +325,7 @@ def test_it_is_plain_values_that_json_gives_back(trials: int) -> None:
 def test_the_text_shows_six_parameters_and_sums_up_the_others() -> None:
     insight = insight_of(sampled(60, lambda i, p: away(p["optimizer.lr"])))
     lines = text_of(insight).splitlines()
-    assert (
-        lines[0].strip() == "What decided whether a trial was among the best 25% of 60 (PED-ANOVA)"
-    )
+    assert lines[0].strip() == "What set the best 25% of 60 trials apart (PED-ANOVA)"
     shown = [line for line in lines if "." in line and "│" in line]
     assert len(shown) == 6
     assert "optimizer.lr" in shown[0]
@@ -336,6 +334,17 @@ def test_the_text_shows_six_parameters_and_sums_up_the_others() -> None:
     assert f"{len(insight.importance) - 6} others" in others
     assert " no " in others
     assert max(map(len, lines)) <= 118
+
+
+def test_chance_is_not_told_apart_where_the_sampler_followed_losses() -> None:
+    records = sampled(60, lambda i, p: away(p["optimizer.lr"]))
+    plain = insight_of(records)
+    insight = study_insight(records, records[0], SPACE, MAX_EPOCHS, adaptive=True)
+    assert [each.share for each in insight.importance] == [e.share for e in plain.importance]
+    assert all(each.beyond_chance is None for each in insight.importance)
+    text = text_of(insight)
+    assert "beyond chance" not in text
+    assert "a parameter that does nothing" in text
 
 
 def test_the_text_says_so_where_no_parameter_stands_out() -> None:

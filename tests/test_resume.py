@@ -172,6 +172,33 @@ def test_more_samples_go_on_from_damaged_files_and_say_that_the_test_rows_were_s
     assert len(record["resumed"]) == 1
 
 
+def test_results_that_are_lost_are_made_again_and_other_looks_at_the_test_rows_are_said(
+    copied: Path, command: Command
+) -> None:
+    shutil.copytree(copied, copied.with_name("twin"))
+    twin = copied.with_name("twin") / "run.json"
+    twin.write_text(json.dumps({**json.loads(twin.read_text()), "run": "twin"}))
+    record = json.loads((copied / "run.json").read_text())
+    record["options"]["address"] = "127.0.0.1:1"  # of a cluster that is no more
+    (copied / "run.json").write_text(json.dumps(record))
+    scores, predictions = read(copied, "scores"), read(copied, "predictions")
+    shutil.rmtree(copied / "model")
+    (copied / "report.txt").unlink()
+    (copied / "scores.parquet").write_bytes(b"")
+    done = command("--resume", copied, "--address", "local")
+    assert done.returncode == 0, done.stderr
+    assert "a result of it is missing or damaged" in done.stderr
+    pd.testing.assert_frame_equal(read(copied, "scores"), scores, check_exact=True)
+    pd.testing.assert_frame_equal(read(copied, "predictions"), predictions, check_exact=True)
+    assert (copied / "model" / "model.json").exists()
+    report = " ".join((copied / "report.txt").read_text().split())
+    assert report in " ".join(done.stdout.split())
+    assert "look number 2 of this run at its test rows" in report
+    assert "These test rows were opened before, by twin, in folders beside" in report
+    done = command("--resume", copied, "--address", "local")
+    assert "nothing to do" in done.stderr
+
+
 Refusal = Callable[..., str]
 
 

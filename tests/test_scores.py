@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from tune_steel.scores import (
     _weighted,
-    bootstrap,
     confusion,
     confusion_interval,
     decide,
+    interval,
+    resample,
     score,
     score_names,
 )
@@ -24,6 +26,13 @@ def case(classes, rows=60, seed=0, ties=False):
     if ties:  # sixteenths, exact and never 0
         p = (rng.multinomial(16 - classes, p) + 1) / 16
     return p, y, np.linspace(0.4, 2.6, classes)
+
+
+def bootstrap(p, y, weights, seed, resamples, threshold=None):
+    """Every score with its interval."""
+    drawn = resample(p, y, weights, seed, resamples, threshold)
+    values = score(p, y, weights, threshold)
+    return {name: interval(values[name], drawn[name]) for name in drawn}
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -86,9 +95,9 @@ def test_an_interval_holds_its_value_and_the_value_is_the_score(classes):
     intervals = bootstrap(p, y, weights, seed=3, resamples=400)
     scores = score(p, y, weights)
     assert tuple(intervals) == score_names(classes)
-    for name, interval in intervals.items():
-        assert interval.value == scores[name]
-        assert interval.low < interval.value < interval.high, name
+    for name, one in intervals.items():
+        assert one.value == scores[name]
+        assert one.low < one.value < one.high, name
 
 
 def test_intervals_are_the_quantiles_of_resamples_drawn_row_by_row():
@@ -102,9 +111,9 @@ def test_intervals_are_the_quantiles_of_resamples_drawn_row_by_row():
         )
         drawn.append(np.average(nll[rows], weights=weights[y[rows]]))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    interval = bootstrap(p, y, weights, seed=0, resamples=4000)["loss"]
-    assert interval.low == pytest.approx(low, abs=0.06 * (high - low))
-    assert interval.high == pytest.approx(high, abs=0.06 * (high - low))
+    one = bootstrap(p, y, weights, seed=0, resamples=4000)["loss"]
+    assert one.low == pytest.approx(low, abs=0.06 * (high - low))
+    assert one.high == pytest.approx(high, abs=0.06 * (high - low))
 
 
 def test_intervals_are_reproduced_by_their_seed_and_by_no_other():
@@ -138,8 +147,8 @@ def test_the_interval_of_accuracy_holds_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     for experiment in range(experiments):
         p = np.eye(2)[np.where(rng.random(len(y)) < hit, y, 1 - y)]
-        interval = bootstrap(p, y, np.ones(2), seed=experiment, resamples=200)["accuracy"]
-        inside += interval.low <= hit <= interval.high
+        one = bootstrap(p, y, np.ones(2), seed=experiment, resamples=200)["accuracy"]
+        inside += one.low <= hit <= one.high
     assert 0.91 <= inside / experiments <= 0.98
 
 
@@ -149,21 +158,34 @@ def test_every_resample_holds_every_class_as_often_as_the_rows_do():
     p = np.linspace(0.1, 0.9, 31)
     p = np.stack([1 - p, p], axis=1)
     intervals = bootstrap(p, y, np.ones(2), seed=0, resamples=500)
-    assert intervals["auroc"].low == intervals["auroc"].high == 1
-    assert np.isfinite([i.low for i in intervals.values()]).all()
+    auroc = intervals.pop("auroc")
+    assert (auroc.value, auroc.low, auroc.high) == (1, None, None)
+    assert all(np.isfinite(intervals[name].low) for name in ("log_loss", "accuracy", "macro_f1"))
     # The class counts are not random: what depends on them alone has no spread.
     constant = bootstrap(np.tile([0.7, 0.3], (31, 1)), y, np.ones(2), seed=0, resamples=500)
-    for interval in constant.values():
-        assert interval.low == pytest.approx(interval.value, abs=1e-12)
-        assert interval.high == pytest.approx(interval.value, abs=1e-12)
+    assert all(one.low is one.high is None for one in constant.values())
+
+
+def test_the_difference_of_two_models_is_of_the_same_draws():
+    p, y, weights = case(2, rows=97)
+    worse = 0.9 * p + 0.1 * np.roll(p, 1, axis=0)
+    one, other = (resample(each, y, weights, 3)["log_loss"] for each in (p, worse))
+    gap = score(p, y, weights)["log_loss"] - score(worse, y, weights)["log_loss"]
+    paired = interval(gap, one - other)
+    nll, worse_nll = (-np.log(each[np.arange(len(y)), y]) for each in (p, worse))
+    # Rows are drawn within classes: by hand, the error of the mean of the rows' differences.
+    parts = [(nll - worse_nll)[y == c] for c in range(2)]
+    error = np.sqrt(sum(len(part) * part.var() for part in parts)) / len(y)
+    assert paired.high - paired.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    apart = interval(gap, one - np.roll(other, 1))
+    assert paired.high - paired.low < 0.5 * (apart.high - apart.low)
 
 
 def test_two_rows_have_scores_and_intervals():
     p = np.array([[0.8, 0.2], [0.6, 0.4]])
     intervals = bootstrap(p, np.array([0, 1]), np.ones(2), seed=0, resamples=50)
-    for interval in intervals.values():
-        # One row of each class: every resample is the two rows.
-        assert interval.low == interval.high == pytest.approx(interval.value)
+    # One row of each class: every resample is the two rows.
+    assert all(one.low is one.high is None for one in intervals.values())
     assert intervals["accuracy"].value == 0.5
     assert intervals["auroc"].value == 1
 
@@ -180,24 +202,19 @@ def test_the_confusion_matrix_has_a_row_for_a_class_that_is_not_there():
     assert confusion(p, np.array([0, 0, 1])).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
 
 
-def test_the_intervals_of_a_confusion_matrix_hold_its_cells_and_are_binomial():
-    table = np.array([[40, 10, 0], [0, 1, 0], [0, 0, 0]])
-    low, high = confusion_interval(table, seed=0, resamples=4000)
+def test_the_intervals_of_a_confusion_matrix_are_exact_binomial_ones():
+    table = np.array([[40, 10, 0], [0, 8, 0], [0, 0, 0]])
+    low, high = confusion_interval(table)
     assert low.dtype == high.dtype == table.dtype
-    assert (low <= table).all()
-    assert (table <= high).all()
-    # 2.5 % and 97.5 % quantiles of Binomial(50, 0.8) and Binomial(50, 0.2)
-    np.testing.assert_allclose([low[0, 0], high[0, 0]], [34, 45], atol=1)
-    np.testing.assert_allclose([low[0, 1], high[0, 1]], [5, 16], atol=1)
-    # No row of a class, or rows that all go one way: nothing to draw.
-    assert np.array_equal(low[1:], table[1:])
-    assert np.array_equal(high[1:], table[1:])
-
-
-def test_the_intervals_of_a_confusion_matrix_are_reproduced_by_their_seed():
-    table = confusion(*case(3)[:2])
-    first, again = (confusion_interval(table, seed=1, resamples=300) for _ in range(2))
-    assert np.array_equal(first, again)
+    for i, row in enumerate(table[:2]):
+        for j, count in enumerate(row):
+            exact = binomtest(int(count), int(row.sum())).proportion_ci(method="exact")
+            assert low[i, j] == np.floor(row.sum() * exact.low)
+            assert high[i, j] == np.ceil(row.sum() * exact.high)
+    # That none of eight is wrong does not make it certain.
+    assert (low[1, 1], high[1, 1], high[1, 0]) == (5, 8, 3)
+    assert not low[2].any()
+    assert not high[2].any()
 
 
 def test_a_threshold_moves_what_is_decided_and_no_score_of_probabilities() -> None:

@@ -18,9 +18,9 @@ def candidates(records: list[TrialRecord], options: Options) -> list[TrialRecord
     top = options.max_epochs
     if options.scheduler == "asha":
         top = rungs(options.max_epochs, options.grace_period, options.reduction_factor)[-1]
-    stopped = [r for r in records if r.state in SCORED]
-    full = [r for r in stopped if r.state == "COMPLETE" or len(r.epochs) >= top]
-    return sorted(full or stopped, key=lambda record: record.epochs[-1][METRIC])
+    scored = [r for r in records if r.state in SCORED]
+    full = [r for r in scored if r.state == "COMPLETE" or len(r.epochs) >= top]
+    return sorted(full or scored, key=lambda record: record.epochs[-1][METRIC])
 
 
 def choose(records: list[TrialRecord], options: Options) -> TrialRecord | None:

@@ -6,9 +6,8 @@ import json
 
 import optuna
 
-from tune_steel.job import warn_of_stand_in
 from tune_steel.options import Options
-from tune_steel.problem import Problem
+from tune_steel.problem import Problem, warn_of_stand_in
 from tune_steel.run_folder import RunFolder
 from tune_steel.samplers import grid
 from tune_steel.scheduler import rungs

@@ -32,20 +32,21 @@ _MOVES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Importance:
-    """How much a parameter decided whether a trial was among the best quarter.
+    """How much a parameter has to do with whether a trial was among the best quarter.
 
     Attributes:
         parameter: Dotted key.
         share: Of the sum of the listed parameters' effects, 0 to 1. An effect is a parameter's
             alone; what two parameters do only together is in no share.
         beyond_chance: Whether the effect is one that chance alone gives to any parameter in
-            only 1 search of 20.
+            only 1 search of 20. None where a sampler chose configs by earlier losses: it crowds
+            values that were lucky, so that parameters that do nothing get effects as well.
         trials: Comparable trials in which the parameter was active.
     """
 
     parameter: str
     share: float
-    beyond_chance: bool
+    beyond_chance: bool | None
     trials: int
 
 
@@ -129,7 +130,12 @@ class Insight:
 
 
 def study_insight(
-    records: Sequence[TrialRecord], winner: TrialRecord, space: Space, max_epochs: int
+    records: Sequence[TrialRecord],
+    winner: TrialRecord,
+    space: Space,
+    max_epochs: int,
+    *,
+    adaptive: bool,
 ) -> Insight:
     """What the trials of a search tell.
 
@@ -138,19 +144,24 @@ def study_insight(
         winner: The chosen one.
         space: What they were sampled from.
         max_epochs: Epochs of a trial that nothing stops.
+        adaptive: Whether the sampler chose configs by the losses of earlier ones.
     """
     scored = [record for record in records if record.state in SCORED]
     default = default_trial(records)
     return Insight(
         comparable=len(scored),
-        importance=_importance(scored, space) if len(scored) >= _LEAST_TRIALS else [],
+        importance=(
+            _importance(scored, space, adaptive=adaptive) if len(scored) >= _LEAST_TRIALS else []
+        ),
         savings=_savings(records, max_epochs),
         moves=_moves(records),
         gain=None if default is None else _gain(winner, default),
     )
 
 
-def _importance(scored: Sequence[TrialRecord], space: Space) -> list[Importance]:
+def _importance(
+    scored: Sequence[TrialRecord], space: Space, *, adaptive: bool
+) -> list[Importance]:
     """PED-ANOVA (Watanabe et al., 2023) in Optuna's form, which knows conditional parameters.
 
     The effect of a conditional parameter is that of its values where it is active, weighted with
@@ -179,13 +190,15 @@ def _importance(scored: Sequence[TrialRecord], space: Space) -> list[Importance]
 
     if not keys:
         return []
-    rng = np.random.default_rng(0)
-    shuffled = [effects(rng.permutation(len(scored)).tolist()) for _ in range(_SHUFFLES)]
     found = effects(_ranks(scored))
     shares = found / (found.sum() or 1.0)
-    beyond = _beyond_chance(np.stack([found, *shuffled]))
+    beyond: Sequence[bool | None] = [None] * len(keys)
+    if not adaptive:
+        rng = np.random.default_rng(0)
+        shuffled = [effects(rng.permutation(len(scored)).tolist()) for _ in range(_SHUFFLES)]
+        beyond = _beyond_chance(np.stack([found, *shuffled])).tolist()
     listed = [
-        Importance(key, float(share), bool(yes), len(active[key]))
+        Importance(key, float(share), yes, len(active[key]))
         for key, share, yes in zip(keys, shares, beyond, strict=True)
     ]
     return sorted(listed, key=lambda each: -each.share)
@@ -274,7 +287,7 @@ def corrected_interval(differences: Floats, ratio: float) -> tuple[float, float]
 
 def insight_lines(insight: Insight) -> Iterator[RenderableType]:
     """The same for people, in four parts."""
-    yield _importance_part(insight)
+    yield from _importance_part(insight)
     savings, moves = insight.savings, insight.moves
     if savings.stopped:
         yield (
@@ -296,26 +309,35 @@ def insight_lines(insight: Insight) -> Iterator[RenderableType]:
     yield _gain_part(insight)
 
 
-def _importance_part(insight: Insight) -> RenderableType:
+def _importance_part(insight: Insight) -> Iterator[RenderableType]:
     n, listed = insight.comparable, insight.importance
     if n < _LEAST_TRIALS:
-        return f"Importance of parameters: {n} comparable trials are too few, {_LEAST_TRIALS} do"
-    if not any(each.beyond_chance for each in listed):
-        return f"Importance of parameters: none stands out from chance in {n} comparable trials"
-    title = f"What decided whether a trial was among the best {_BEST:.0%} of {n} (PED-ANOVA)"
+        yield f"Importance of parameters: {n} comparable trials are too few, {_LEAST_TRIALS} do"
+        return
+    tested = all(each.beyond_chance is not None for each in listed)
+    if tested and not any(each.beyond_chance for each in listed):
+        yield f"Importance of parameters: none stands out from chance in {n} comparable trials"
+        return
+    title = f"What set the best {_BEST:.0%} of {n} trials apart (PED-ANOVA)"
     table = Table(title=Text(title), title_justify="left", min_width=len(title))
     table.add_column("parameter")
-    for name in ("share of the effects", "beyond chance", "trials that had it"):
+    chance = ("beyond chance",) if tested else ()
+    for name in ("share of the effects", *chance, "trials that had it"):
         table.add_column(name, justify="right")
     for each in listed[:_PARAMETERS_SHOWN]:
-        beyond = "yes" if each.beyond_chance else "no"
-        table.add_row(each.parameter, f"{each.share:.0%}", beyond, str(each.trials))
+        beyond = ("yes" if each.beyond_chance else "no",) if tested else ()
+        table.add_row(each.parameter, f"{each.share:.0%}", *beyond, str(each.trials))
     rest = listed[_PARAMETERS_SHOWN:]
     if rest:
-        beyond = "some" if any(each.beyond_chance for each in rest) else "no"
+        beyond = ("some" if any(each.beyond_chance for each in rest) else "no",) if tested else ()
         share = f"{sum(each.share for each in rest):.0%}"
-        table.add_row(f"{len(rest)} others", share, beyond, "")
-    return table
+        table.add_row(f"{len(rest)} others", share, *beyond, "")
+    yield table
+    if not tested:
+        yield (
+            "The sampler crowds values that were lucky before, so a parameter that does nothing "
+            "has a share, too; with --search random, chance is told apart."
+        )
 
 
 def _gain_part(insight: Insight) -> str:

@@ -15,10 +15,16 @@ import optuna
 
 from tune_steel.errors import NonFiniteLossError, RunError, SearchFailedError
 from tune_steel.options import Options
-from tune_steel.problem import Problem, load, resolve
+from tune_steel.problem import STAND_IN, Problem, announce, load, resolve, warn_of_stand_in
 from tune_steel.profile import breakdown, process_age, profile_table
 from tune_steel.ray_session import RaySession
-from tune_steel.run_folder import RunFolder, make_folder, read_record, said_if_unwritable
+from tune_steel.run_folder import (
+    RunFolder,
+    make_folder,
+    other_looks,
+    read_record,
+    said_if_unwritable,
+)
 from tune_steel.splits import Development
 from tune_steel.study import (
     SCORED,
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
 
 # The driver imports Ray Tune while Ray starts, and torch when the search has ended.
 
-STAND_IN = "STAND-IN data: these scores say nothing about real steel plates"
 _EXIT_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -140,12 +145,14 @@ def _run(
             f"ended, {searcher.queued} are tried again"
         )
     if searcher.ended >= searcher.samples and before and before["state"] == "finished":
-        say("all of them are scored: nothing to do; more --samples would go on")
-        return 0
+        if folder.is_whole():
+            say("all of them are scored: nothing to do; more --samples would go on")
+            return 0
+        say("a result of it is missing or damaged: all are made again, with another look at test")
     try:
         concurrency = session.concurrency()
         if searcher.ended < searcher.samples:
-            _announce(options, problem, folder, searcher)
+            announce(options, problem, searcher.samples, folder.path)
             folder.write_record(concurrency=concurrency)
             # Of the problem, the search gets what it may see.
             _search(options, searcher, problem.development, folder, concurrency)
@@ -316,7 +323,9 @@ def _finish(
     prepare_process(options.resources.threads)
     # Counted before it is done: a run that is killed here may have seen them.
     looks = folder.record.get("looks_at_test", 0) + 1
-    folder.write_record(looks_at_test=looks)
+    folder.write_record(
+        looks_at_test=looks, looks_of_other_runs=other_looks(folder.path, folder.record)
+    )
     with times.measure("test"):
         evaluation = evaluate(
             finalists,
@@ -330,13 +339,18 @@ def _finish(
     with times.measure("tables"):
         folder.write_evaluation(evaluation)
     profile = breakdown(times)
-    insight = study_insight(records, best, problem.space, options.max_epochs)
+    insight = study_insight(
+        records,
+        best,
+        problem.space,
+        options.max_epochs,
+        adaptive=options.search in ("tpe", "gp"),
+    )
     folder.write_record(
         best_trial=best.number,
         insight=insight.as_dict(),
         evaluate_seconds=times.retraining + times.test,
         profile=profile,
-        state="finished" if signal is None else "cut short",
     )
     report = (
         *([STAND_IN] if problem.table.source == "stand-in" else []),
@@ -344,9 +358,10 @@ def _finish(
         search_summary(records, best),
         *insight_lines(insight),
         *evaluation_summary(evaluation, problem.task.classes),
-        *([looked_before(looks)] if looks > 1 else []),
+        *looked_before(looks, folder.record["looks_of_other_runs"]),
     )
     folder.write_report(render(*report, terminal=False))
+    folder.write_record(state="finished" if signal is None else "cut short")
     show(render(*report, terminal=sys.stdout.isatty()))
     if options.profile:
         show(render(profile_table(profile), terminal=sys.stdout.isatty()))
@@ -370,29 +385,3 @@ def _nothing_to_score(folder: RunFolder, searcher: StudySearcher) -> int:
         f"every trial failed ({len(failures)}); the first one with {failures[0].error}; "
         f"all of them: {folder.path / 'trials.parquet'}"
     )
-
-
-def _announce(
-    options: Options, problem: Problem, folder: RunFolder, searcher: StudySearcher
-) -> None:
-    splits, schema = problem.splits, problem.development.schema
-    columns = len(schema.numeric) + len(schema.categorical)
-    say(
-        f"{problem.task.name}: {len(problem.task.y)} rows ({problem.table.source}), "
-        f"{len(problem.task.classes)} classes, {columns} features; "
-        f"{len(splits.development)} rows to search on, {len(splits.test)} test rows kept apart"
-    )
-    replicas = f"{options.folds} folds" if options.folds > 1 else "one validation split"
-    say(
-        f"{searcher.samples} trials of at most {options.max_epochs} epochs, {replicas}, "
-        f"space {problem.space.name}, seed {options.seed}; results in {folder.path}"
-    )
-    if options.budget.seconds is not None:
-        say("the time budget is the search's; retraining and scoring come after it")
-    warn_of_stand_in(problem)
-
-
-def warn_of_stand_in(problem: Problem) -> None:
-    """Says so where the rows are made up."""
-    if problem.table.source == "stand-in":
-        say(STAND_IN)

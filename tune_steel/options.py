@@ -238,7 +238,7 @@ class Options:
             OptionError: One that would make it another run.
         """
         for key, value in others.items():
-            if key not in _CHANGED_AT_WILL and value != getattr(self, key):
+            if key not in _CHANGED_AT_WILL and _plain(value) != _plain(getattr(self, key)):
                 raise OptionError(
                     f"--{_OPTIONS.get(key, key).replace('_', '-')} {_said(value)}: the run that "
                     f"is resumed has {_said(getattr(self, key))}; leave the option out, or begin "

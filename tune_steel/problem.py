@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tune_steel import data, tasks
 from tune_steel.errors import OptionError, SpaceError
 from tune_steel.options import Options
 from tune_steel.space import Space, load_space, spaces_folder
 from tune_steel.splits import Development, SealedTest, Splits, freeze, prepare
+from tune_steel.terminal import say
+
+STAND_IN = "STAND-IN data: these scores say nothing about real steel plates"
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,28 @@ def check_classes(space: Space, classes: Sequence[str]) -> None:
             f"{space.name}: loss.class_weights names {', '.join(weighted)}; "
             f"the task's classes are {', '.join(classes)}"
         )
+
+
+def announce(options: Options, problem: Problem, samples: int, path: Path) -> None:
+    """Says what is searched on, how, and where the results go."""
+    splits, schema = problem.splits, problem.development.schema
+    columns = len(schema.numeric) + len(schema.categorical)
+    say(
+        f"{problem.task.name}: {len(problem.task.y)} rows ({problem.table.source}), "
+        f"{len(problem.task.classes)} classes, {columns} features; "
+        f"{len(splits.development)} rows to search on, {len(splits.test)} test rows kept apart"
+    )
+    replicas = f"{options.folds} folds" if options.folds > 1 else "one validation split"
+    say(
+        f"{samples} trials of at most {options.max_epochs} epochs, {replicas}, "
+        f"space {problem.space.name}, seed {options.seed}; results in {path}"
+    )
+    if options.budget.seconds is not None:
+        say("the time budget is the search's; retraining and scoring come after it")
+    warn_of_stand_in(problem)
+
+
+def warn_of_stand_in(problem: Problem) -> None:
+    """Says so where the rows are made up."""
+    if problem.table.source == "stand-in":
+        say(STAND_IN)

@@ -27,7 +27,7 @@ class RaySession:
     """
 
     def __init__(self, address: str | None, resources: Resources) -> None:
-        self._address = address
+        self._address = None if address == "local" else address
         self._resources = resources
         self._thread = ThreadPoolExecutor(1)
         self._starting: Future[int] | None = None
@@ -81,8 +81,8 @@ class RaySession:
                 reason = str(error).strip().splitlines()[0]
                 raise OptionError(
                     f"--address {self._address}: no Ray cluster can be joined there ({reason}); "
-                    "start one with `ray up cluster.yaml` or `ray start --head`, or leave "
-                    "--address out"
+                    "start one with `ray up cluster.yaml` or `ray start --head`, or give "
+                    "--address local to use this machine alone"
                 ) from None
         return _concurrency(self._address, self._resources)
 

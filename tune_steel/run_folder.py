@@ -5,22 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tune_steel import tables
 from tune_steel.errors import OptionError, RunError, SearchFailedError
 from tune_steel.options import Options
+from tune_steel.provenance import git_commit, machine, package_versions
 from tune_steel.splits import split_hash
 
 if TYPE_CHECKING:
@@ -29,11 +30,8 @@ if TYPE_CHECKING:
     from tune_steel.study import TrialRecord
 
 
-_PACKAGES = (
-    *("tune-steel", "torch", "torchmetrics", "numpy", "pandas", "pyarrow", "ray", "optuna"),
-    *("openml", "scikit-learn", "scipy", "pydantic", "safetensors"),
-)
-
+_EACH_TIME = ("command", "started", "versions", "git_commit", "machine")
+"""What `resumed` holds of each process that went on with a run."""
 
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -103,11 +101,35 @@ def read_record(path: Path) -> dict[str, Any]:
             "folders that a search made, like results/binary-20260101-120000"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
+        trials = path / "trials.parquet"
+        what = f" with --warm-start {trials}" if trials.exists() else ""
         raise RunError(
             f"{path}/run.json: it is damaged ({error}); put a backup of it in its place, or begin "
-            f"a new run with --warm-start {path}/trials.parquet"
+            f"a new run{what}"
         ) from None
     return record
+
+
+def other_looks(path: Path, record: Mapping[str, Any]) -> list[str]:
+    """Names of the runs in folders beside this one that have opened the same test rows.
+
+    Args:
+        path: The folder of this run.
+        record: What its `run.json` holds.
+    """
+    names = []
+    for file in sorted(path.parent.glob("*/run.json")):
+        try:
+            other = read_record(file.parent)
+        except RunError:
+            continue
+        same = all(
+            other[part][key] == record[part][key]
+            for part, key in (("data", "content_hash"), ("splits", "test_hash"))
+        )
+        if same and other["run"] != record["run"] and other.get("looks_at_test"):
+            names.append(other["run"])
+    return names
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -225,9 +247,9 @@ class RunFolder:
                 "content_hash": problem.space.content_hash,
                 "leaves": problem.space.as_dict(),
             },
-            "versions": _package_versions(),
+            "versions": package_versions(),
             "git_commit": git_commit(),
-            "machine": _machine(),
+            "machine": machine(),
         }
         if before is not None:
             changed = differences(before, self.record)
@@ -237,7 +259,7 @@ class RunFolder:
                     "run instead"
                 )
             kept = {k: v for k, v in before.items() if k not in ("options", "state", "error")}
-            again = {key: self.record[key] for key in ("command", "started", "versions")}
+            again = {key: self.record[key] for key in _EACH_TIME}
             self.record |= kept | {"resumed": [*before.get("resumed", []), again]}
 
     def write_record(self, **more: object) -> None:
@@ -283,7 +305,17 @@ class RunFolder:
 
     def write_report(self, text: str) -> None:
         """Writes `report.txt`, what the run ends with on the terminal."""
-        (self.path / "report.txt").write_text(text, encoding="utf-8")
+        with tables.replacing(self.path / "report.txt") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def is_whole(self) -> bool:
+        """Whether everything is there that a finished run leaves, and can be read."""
+        try:
+            for name in ("trials", "epochs", "scores", "predictions"):
+                pq.read_metadata(self.path / f"{name}.parquet")
+        except (OSError, pa.ArrowException):
+            return False
+        return (self.path / "report.txt").exists() and (self.path / "model").is_dir()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Writes `predictions.parquet`, `scores.parquet` and `model/`."""
@@ -335,55 +367,3 @@ def _trial_row(record: TrialRecord) -> Mapping[str, object]:
         "config": record.config.model_dump_json(exclude_none=True),
         **record.params,
     }
-
-
-def _package_versions() -> dict[str, str | None]:
-    """Installed versions of what decides a result; None for what is not installed."""
-    out: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            out[name] = None
-    return out
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that runs, with `+changes` if it has any; None for a wheel."""
-    here = Path(__file__).parent.parent
-    if not (here / ".git").exists():
-        return None
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(here, "status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-
-def _machine() -> dict[str, object]:
-    """The driver's machine, in words and numbers."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "processor": processor(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(pages / 2**30, 1),
-    }
-
-
-def processor() -> str:
-    """Its name, as Linux gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from tune_steel.features import Floats, Ints
 
@@ -28,6 +29,7 @@ SCORES = {
 RESAMPLES = 2000
 _LEAST_PROBABILITY = 1e-300  # only an exact 0 is lifted
 _CELLS_A_CHUNK = 4_000_000
+_SAME = 1e-12
 
 
 def score_names(classes: int) -> tuple[str, ...]:
@@ -38,11 +40,18 @@ def score_names(classes: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and its 95 % interval."""
+    """A score, or a difference of scores, and its 95 % interval.
+
+    Attributes:
+        value: Of the rows as they are.
+        low: None where no draw of the rows changes the value, as where no row is wrong: such rows
+            do not tell how far it would move.
+        high: As low.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def decide(p: Floats, threshold: float | None = None) -> Ints:
@@ -73,26 +82,26 @@ def score(
     return {name: float(values[0]) for name, values in once.items()}
 
 
-def bootstrap(
+def resample(
     p: Floats,
     y: Ints,
     reference_weights: Floats,
     seed: int,
     resamples: int = RESAMPLES,
     threshold: float | None = None,
-) -> dict[str, Interval]:
-    """Scores with 95 % percentile bootstrap intervals over rows.
+) -> dict[str, Floats]:
+    """Scores of rows that are drawn anew, each [S].
 
     Rows are drawn with replacement within each class, because the splits are stratified: the
-    class counts are not random. The interval says how far the score would move with other rows
-    of the same kind; it does not cover another training set.
+    class counts are not random. With the same seed the draws are the same whatever p is, so that
+    the scores of two models can be subtracted.
 
     Args:
         p: Probabilities [n, C].
         y: Class indices [n].
         reference_weights: The task's class weights [C].
-        seed: Seed of the resampling.
-        resamples: How many.
+        seed: Seed of the draws.
+        resamples: How many, S.
         threshold: As in `decide`.
     """
     rng = np.random.default_rng(seed)
@@ -109,11 +118,23 @@ def bootstrap(
                 counts[:, rows] = rng.multinomial(len(rows), even, size=size)
         for name, values in _weighted(p, predicted, y, reference_weights, counts).items():
             drawn[name].append(values)
-    out = {}
-    for name, value in score(p, y, reference_weights, threshold).items():
-        low, high = np.nanquantile(np.concatenate(drawn[name]), [0.025, 0.975])
-        out[name] = Interval(value, float(low), float(high))
-    return out
+    return {name: np.concatenate(values) for name, values in drawn.items()}
+
+
+def interval(value: float, drawn: Floats) -> Interval:
+    """The 95 % percentile bootstrap interval.
+
+    It says how far the value would move with other rows of the same kind; it does not cover
+    another training set.
+
+    Args:
+        value: Of the rows as they are.
+        drawn: Of rows that were drawn anew [S].
+    """
+    if np.nanmax(drawn) - np.nanmin(drawn) < _SAME:
+        return Interval(value, None, None)
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def confusion(p: Floats, y: Ints, threshold: float | None = None) -> Ints:
@@ -123,25 +144,26 @@ def confusion(p: Floats, y: Ints, threshold: float | None = None) -> Ints:
     return cells.reshape(classes, classes)
 
 
-def confusion_interval(table: Ints, seed: int, resamples: int = RESAMPLES) -> tuple[Ints, Ints]:
-    """95 % bootstrap interval of each cell of a confusion matrix, rows drawn within classes.
+def confusion_interval(table: Ints) -> tuple[Ints, Ints]:
+    """95 % interval of each cell of a confusion matrix, for as many rows of its true class.
+
+    Exact (Clopper & Pearson, 1934), so that no errors among eight rows are not none for certain;
+    rounded outwards to whole rows.
 
     Args:
         table: Counts [true class, predicted class].
-        seed: Seed of the resampling.
-        resamples: How many.
 
     Returns:
         Low and high counts, each of the table's shape.
     """
-    rng = np.random.default_rng(seed)
-    low, high = np.zeros_like(table), np.zeros_like(table)
-    for true, row in enumerate(table):
-        rows = int(row.sum())
-        if rows:
-            drawn = rng.multinomial(rows, row / rows, size=resamples)
-            low[true], high[true] = np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest")
-    return low, high
+    rows = table.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        low = np.where(table > 0, betaincinv(table, rows - table + 1, 0.025), 0.0)
+        high = np.where(table < rows, betaincinv(table + 1, rows - table, 0.975), 1.0)
+    return (
+        np.floor(rows * low).astype(table.dtype),
+        np.ceil(rows * high).astype(table.dtype),
+    )
 
 
 def _weighted(

@@ -126,7 +126,8 @@ def search(
     address: Annotated[
         str | None,
         typer.Option(
-            help="A Ray cluster to join, host:port or auto.", show_default="a private Ray"
+            help="A Ray cluster to join, host:port or auto; local is a private Ray.",
+            show_default="local",
         ),
     ] = None,
     resume: Annotated[

@@ -17,10 +17,12 @@ from tune_steel.study import TrialRecord
 
 _LABELS = {"default": "default config"}
 _BESIDE = "bagged"
-"""The model that is in `scores.parquet` and the validation table only: five do not fit."""
+"""The model that the table of test scores leaves out: five do not fit."""
+_COMPARED = ("log_loss", "accuracy", "macro_accuracy", "auroc")
 
 _WIDTH_WITHOUT_TERMINAL = 118
 _MOST_CLASSES_SHOWN = 10
+_NAMED = 3
 _SAME_CURVE = 1e-9
 
 
@@ -66,15 +68,22 @@ def evaluation_summary(
     yield from evaluation.notes
     yield _ensemble_line(evaluation.ensemble)
     table = _table(f"Test scores on {rows} rows, 95 % interval")
-    table.add_column("score")
+    table.add_column("score", no_wrap=True)
     shown = [model for model in evaluation.models if model.name != _BESIDE]
     for model in shown:
         seeds = len(model.probabilities)
         averaged = f"\n{seeds} seeds averaged" if seeds > 1 else "\n"
-        table.add_column(_label(model) + averaged, justify="right", no_wrap=True)
+        table.add_column(_label(model) + averaged, justify="right")
     for name in first.intervals:
         table.add_row(name, *(_interval(model.intervals[name]) for model in shown))
     yield table
+    if len(evaluation.models) > 1:
+        yield _differences_table(evaluation.models[1:])
+    if any(own.low is None for model in shown for own in model.intervals.values()):
+        yield (
+            "[-]: no draw of the test rows changes the score, as where no row is wrong; they are "
+            "too few, or too easy, for an interval"
+        )
     yield _validation_table(evaluation.models)
     yield _confusion_table(evaluation, classes)
     if (evaluation.reproduction_gap or 0) > _SAME_CURVE:
@@ -83,12 +92,13 @@ def evaluation_summary(
             f"{evaluation.reproduction_gap:.2g}, as another machine or device may; the "
             "out-of-fold predictions are those of this second training."
         )
-    accuracy = first.intervals["accuracy"]
+    if evaluation.ensemble.threshold is not None:
+        yield "The ensemble decides by its threshold, the other models by the likeliest class."
     yield (
-        f"One test row is {100 / rows:.1f} points of accuracy, and the ensemble's interval is "
-        f"{100 * (accuracy.high - accuracy.low):.0f} points wide: smaller differences between the "
-        "columns say nothing. Validation losses chose the trials, so they flatter them; the test "
-        "rows chose nothing. "
+        f"One test row is {100 / rows:.1f} points of accuracy. Whether the ensemble is better or "
+        "worse than another column, its difference tells where its interval leaves 0 out; other "
+        "training rows would move it, too. Validation losses chose the trials, so they flatter "
+        "them; the test rows chose nothing. "
         + (
             "The validation scores of the ensemble and of bagged are cross-fitted: weights and "
             "calibrations were chosen on the other folds. "
@@ -124,6 +134,16 @@ def _table(title: str) -> Table:
     return Table(title=Text(title), title_justify="left", min_width=len(title))
 
 
+def _differences_table(others: list[Scored]) -> Table:
+    table = _table("Scores of the ensemble minus those of the others, on the same draws of rows")
+    table.add_column("score", no_wrap=True)
+    for model in others:
+        table.add_column(_label(model), justify="right")
+    for name in _COMPARED:
+        table.add_row(name, *(_interval(model.behind[name], sign="+") for model in others))
+    return table
+
+
 def _validation_table(models: list[Scored]) -> Table:
     table = _table("Validation scores, mean over the folds")
     table.add_column("score")
@@ -153,17 +173,33 @@ def _confusion_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Render
     return table
 
 
-def _interval(interval: Interval) -> Text:
-    return Text(f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
+def _interval(one: Interval, sign: str = "") -> Text:
+    if one.low is None or one.high is None:
+        return Text(f"{one.value:{sign}.3f} [-]")
+    return Text(f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]")
 
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def looked_before(looks: int) -> str:
-    """The warning of a run that has opened its test rows before."""
-    return (
-        f"This is look number {looks} of this run at its test rows. Whoever goes on with a search "
-        "because of what the earlier look showed has chosen by a test score."
-    )
+def looked_before(looks: int, others: list[str]) -> Iterator[str]:
+    """Warnings where the test rows have been opened before.
+
+    Args:
+        looks: Looks of this run, the present one included.
+        others: Other runs that have opened the same rows.
+    """
+    if looks > 1:
+        yield (
+            f"This is look number {looks} of this run at its test rows. Whoever goes on with a "
+            "search because of what the earlier look showed has chosen by a test score."
+        )
+    if others:
+        named = ", ".join(others[-_NAMED:])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        yield (
+            f"These test rows were opened before, by {named}{more}, in folders beside this run's. "
+            "Whoever picks one of the runs, or changes a space, by their test scores has chosen "
+            "by a test score: the one that is picked is flattered. Another --seed cuts other rows."
+        )

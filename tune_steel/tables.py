@@ -148,8 +148,24 @@ def scores_schema() -> pa.Schema:
             _field("rows", pa.int32(), "Rows that were scored."),
             _field("score", pa.string(), "Name of the score."),
             _field("value", pa.float64(), "Score of the averaged prediction."),
-            _field("low", pa.float64(), "Lower end of its 95 % bootstrap interval."),
-            _field("high", pa.float64(), "Upper end of its 95 % bootstrap interval."),
+            _field(
+                "low",
+                pa.float64(),
+                "Lower end of its 95 % bootstrap interval; null where no draw of the rows changes "
+                "the score, as where no row is wrong.",
+            ),
+            _field("high", pa.float64(), "Upper end of it."),
+            _field(
+                "ensemble_minus",
+                pa.float64(),
+                "The ensemble's test score minus this one; null for the ensemble.",
+            ),
+            _field(
+                "ensemble_minus_low",
+                pa.float64(),
+                "Lower end of its 95 % bootstrap interval, both scored on the same draws of rows.",
+            ),
+            _field("ensemble_minus_high", pa.float64(), "Upper end of it."),
             _field("seeds", pa.int32(), "Seeds that were averaged."),
             _field("seed_mean", pa.float64(), "Mean of the single seeds' scores."),
             _field("seed_sd", pa.float64(), "Their standard deviation; null for one seed."),
@@ -210,10 +226,12 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes its place when all of it is written."""
+    """A temporary file that takes its place when all of it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with temporary.open("rb") as written:  # or a power cut could leave an empty file there
+            os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
