@@ -1,5 +1,6 @@
 """The final evaluation, rule by rule."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from tune_steel.seeds import derive
 from tune_steel.space import Space
 from tune_steel.splits import Development
 from tune_steel.study import TrialRecord
+from tune_steel.summary import evaluation_summary, render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,7 +93,7 @@ def test_boosting_is_validated_on_rows_that_it_was_not_trained_on(
 
 
 def test_the_ensemble_stands_first_and_every_rival_has_figures_of_its_own(
-    decaying_space: Space, steel_rows: Rows
+    decaying_space: Space, steel_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     development, _ = steel_rows
     default = trial(decaying_space, development)
@@ -114,6 +116,11 @@ def test_the_ensemble_stands_first_and_every_rival_has_figures_of_its_own(
         for name, gap in one.behind.items():
             assert gap.value == ensemble.intervals[name].value - one.intervals[name].value
             assert gap.low is None or gap.high is None or gap.low <= gap.value <= gap.high
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = render(*evaluation_summary(done, development.classes), terminal=True)
+    assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", narrow).splitlines())) <= 80
+    for name in ensemble.intervals:
+        assert len(re.findall(rf"│ {name} ", narrow)) == 2, name  # test and validation
     low, high = done.confusion_interval
     assert ((low <= done.confusion) & (done.confusion <= high)).all()
 

@@ -18,7 +18,7 @@ from tune_steel.study import TrialRecord
 _LABELS = {"default": "default config"}
 _BESIDE = "bagged"
 """The model that the table of test scores leaves out: five do not fit."""
-_COMPARED = ("log_loss", "accuracy", "macro_accuracy", "auroc")
+_COMPARED = ("log_loss", "accuracy", "macro_accuracy")
 
 _WIDTH_WITHOUT_TERMINAL = 118
 _MOST_CLASSES_SHOWN = 10
@@ -95,10 +95,10 @@ def evaluation_summary(
     if evaluation.ensemble.threshold is not None:
         yield "The ensemble decides by its threshold, the other models by the likeliest class."
     yield (
-        f"One test row is {100 / rows:.1f} points of accuracy. Whether the ensemble is better or "
-        "worse than another column, its difference tells where its interval leaves 0 out; other "
-        "training rows would move it, too. Validation losses chose the trials, so they flatter "
-        "them; the test rows chose nothing. "
+        f"One test row is {100 / rows:.1f} points of accuracy. The ensemble is better or worse "
+        "than another model where the interval of their difference leaves 0 out; another "
+        "training set would give another difference. Validation losses chose the trials, so they "
+        "flatter them; the test rows chose nothing. "
         + (
             "The validation scores of the ensemble and of bagged are cross-fitted: weights and "
             "calibrations were chosen on the other folds. "
@@ -135,12 +135,13 @@ def _table(title: str) -> Table:
 
 
 def _differences_table(others: list[Scored]) -> Table:
-    table = _table("Scores of the ensemble minus those of the others, on the same draws of rows")
-    table.add_column("score", no_wrap=True)
-    for model in others:
-        table.add_column(_label(model), justify="right")
+    table = _table("The ensemble's scores minus theirs, on the same draws of rows")
+    table.add_column("model", no_wrap=True)
     for name in _COMPARED:
-        table.add_row(name, *(_interval(model.behind[name], sign="+") for model in others))
+        table.add_column(name, justify="right")
+    for model in others:
+        cells = [_interval(model.behind[name], sign="+") for name in _COMPARED]
+        table.add_row(_label(model), *cells)
     return table
 
 
