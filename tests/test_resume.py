@@ -78,7 +78,8 @@ def kill(process: subprocess.Popen[str], what: str) -> None:
         time.sleep(0.5)
     if what == "raylet":
         code, _, err = finish(process, 90)
-        assert code != 0, err
+        assert code == 1, err
+        assert re.search(r"\ntune_steel: error: .*; go on with --resume \S+\n$", f"\n{err}"), err
     process.kill()
     process.communicate()
 
