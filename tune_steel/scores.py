@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv
 
 from tune_steel.features import Floats, Ints
 
@@ -156,6 +155,8 @@ def confusion_interval(table: Ints) -> tuple[Ints, Ints]:
     Returns:
         Low and high counts, each of the table's shape.
     """
+    from scipy.special import betaincinv  # workers import this room and have no use for it
+
     rows = table.sum(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
         low = np.where(table > 0, betaincinv(table, rows - table + 1, 0.025), 0.0)
