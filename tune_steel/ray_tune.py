@@ -149,6 +149,8 @@ def train_again(
 def check_ray() -> None:
     """Notices that a private Ray has died; Ray itself would end this process without a word.
 
+    Where Ray notices first, it does.
+
     Raises:
         SearchFailedError: One of its processes is gone.
     """
