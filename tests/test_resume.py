@@ -37,8 +37,8 @@ pytestmark = pytest.mark.ray
 KILLS = int(os.environ.get("TUNE_STEEL_KILLS", "3"))
 """Each takes a start of Ray, so only who changes this runs it with 20."""
 
-SAMPLES = max(10, 3 * KILLS)
-"""Enough that there is a search to kill; a process ends about two trials before it is killed."""
+SAMPLES = max(15, 5 * KILLS)
+"""Enough that there is a search to kill; a process ends two to four trials before it is killed."""
 
 
 def options(folder: Path) -> tuple[object, ...]:
@@ -67,7 +67,7 @@ def copied(unbroken: Path, tmp_path: Path) -> Path:
     return tmp_path / "results" / unbroken.name
 
 
-def kill(process: subprocess.Popen[str], what: str) -> None:
+def kill(process: subprocess.Popen[str], what: str, run: Path) -> None:
     """SIGKILLs the driver, one of its workers or the raylet; then the driver is gone."""
     ours = {"worker": r"^ray::ImplicitFunc", "raylet": r"^\S*/raylet/raylet "}
     if what in ours:
@@ -78,7 +78,9 @@ def kill(process: subprocess.Popen[str], what: str) -> None:
         time.sleep(0.5)
     if what == "raylet":
         code, _, err = finish(process, 90)
-        assert code == 1, err
+        # On a fast machine the search may have ended before.
+        finished = json.loads((run / "run.json").read_text())["state"] == "finished"
+        assert code == (0 if finished else 1), err
         # Ray notices it too, and may end the process first, without a word.
         complaints = [line for line in err.splitlines() if "error: " in line]
         assert len(complaints) <= 1, err
@@ -101,7 +103,7 @@ def test_a_search_killed_at_random_moments_ends_as_the_one_that_was_not(
         else:  # while it trains
             wait_for_training(tmp_path, process)
             time.sleep(rng.uniform(0, 0.6))
-        kill(process, what)
+        kill(process, what, run)
         print(f"kill {attempt + 1} ({what}): {curves(tmp_path)} curves in the journal")
         process = start(tmp_path, "--resume", run)
     kill_at_the_tables(process, run)
