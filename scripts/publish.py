@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.page import put
+from tune_steel.scores import Interval
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -74,7 +75,7 @@ def figures() -> str:
         for model in models:
             rows = {row["score"]: row for row in mine if row["model"] == model}
             cells = [
-                f"{rows[name]['value']:.3f} " + _interval(rows[name]["low"], rows[name]["high"])
+                Interval(rows[name]["value"], rows[name]["low"], rows[name]["high"]).said()
                 for name in _SCORES
             ]
             title = f"{run['task']} ({mine[0]['rows']} test rows)" if model == models[0] else ""
@@ -90,10 +91,6 @@ def figures() -> str:
             f"{run['machine']['cpus']} CPUs"
         )
     return "\n".join(lines)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "[-]" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
 def report() -> str:

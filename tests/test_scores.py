@@ -4,6 +4,7 @@ from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from tune_steel.scores import (
+    Interval,
     _weighted,
     confusion,
     confusion_interval,
@@ -179,6 +180,12 @@ def test_the_difference_of_two_models_is_of_the_same_draws():
     assert paired.high - paired.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     apart = interval(gap, one - np.roll(other, 1))
     assert paired.high - paired.low < 0.5 * (apart.high - apart.low)
+
+
+def test_an_interval_is_said_with_its_ends_or_as_none():
+    assert Interval(0.8, 0.75, 0.85).said() == "0.800 [0.750, 0.850]"
+    assert Interval(0.02, -0.01, 0.05).said("+") == "+0.020 [-0.010, +0.050]"
+    assert interval(1.0, np.ones(5)).said() == "1.000 [-]"
 
 
 def test_two_rows_have_scores_and_intervals():

@@ -52,6 +52,12 @@ class Interval:
     low: float | None
     high: float | None
 
+    def said(self, sign: str = "") -> str:
+        """In words, with `+` before what is above 0 where that is the sign."""
+        if self.low is None or self.high is None:
+            return f"{self.value:{sign}.3f} [-]"
+        return f"{self.value:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
+
 
 def decide(p: Floats, threshold: float | None = None) -> Ints:
     """The predicted class of each row [n].

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from tune_steel.evaluate import Evaluation, Scored
 from tune_steel.finalists import EnsembleFacts
-from tune_steel.scores import Interval
 from tune_steel.study import TrialRecord
 
 _LABELS = {"default": "default config"}
@@ -75,7 +74,7 @@ def evaluation_summary(
         averaged = f"\n{seeds} seeds averaged" if seeds > 1 else "\n"
         table.add_column(_label(model) + averaged, justify="right")
     for name in first.intervals:
-        table.add_row(name, *(_interval(model.intervals[name]) for model in shown))
+        table.add_row(name, *(Text(model.intervals[name].said()) for model in shown))
     yield table
     if len(evaluation.models) > 1:
         yield _differences_table(evaluation.models[1:])
@@ -140,7 +139,7 @@ def _differences_table(others: list[Scored]) -> Table:
     for name in _COMPARED:
         table.add_column(name, justify="right")
     for model in others:
-        cells = [_interval(model.behind[name], sign="+") for name in _COMPARED]
+        cells = [Text(model.behind[name].said("+")) for name in _COMPARED]
         table.add_row(_label(model), *cells)
     return table
 
@@ -172,12 +171,6 @@ def _confusion_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Render
         ]
         table.add_row(Text(name), *(Text(cell) for cell in cells))
     return table
-
-
-def _interval(one: Interval, sign: str = "") -> Text:
-    if one.low is None or one.high is None:
-        return Text(f"{one.value:{sign}.3f} [-]")
-    return Text(f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]")
 
 
 def _short(value: object) -> str:
